@@ -1,0 +1,35 @@
+"""The KV pool: one tensor `[page, kv_head, layer, 2, slot, dim]`, and a strided view of it for each layer.
+
+It owns the memory and knows neither who holds which page (`common.memory.page_allocator`) nor how pages travel (`transfer`).
+"""
+
+import torch
+
+from common.memory.layout import KvLayout
+from common.messages import PoolInfo
+
+
+class KvPool:
+    """Keys and values of `num_pages` pages on one device, zeroed once at start."""
+
+    def __init__(self, layout: KvLayout, num_pages: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.num_pages = num_pages
+        self.pages = torch.zeros((num_pages, *layout.page_shape), dtype=dtype, device=device)
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of one layer: two strided views `[page, kv_head, slot, dim]` of the pool."""
+        return self.pages[:, :, layer, 0], self.pages[:, :, layer, 1]
+
+    def info(self) -> PoolInfo:
+        """Describe the pool to a peer that will write into it."""
+        device = self.pages.device
+        return PoolInfo(
+            base_address=self.pages.data_ptr(),
+            num_pages=self.num_pages,
+            page_bytes=self.layout.page_bytes,
+            page_size=self.layout.page_size,
+            device_id=device.index or 0,
+            memory="VRAM" if device.type == "cuda" else "DRAM",
+            layout=self.layout.fingerprint,
+        )

@@ -1,0 +1,337 @@
+"""Everything that crosses a process boundary, as frozen tagged structs: one union a channel.
+
+    HTTP frontend  --FrontendToEngine-->  engine       over ZMQ, bulk bytes as an extra frame
+    HTTP frontend  <--EngineToFrontend--  engine
+    decode engine  --DecodeToPrefill-->   prefill engine    over ZMQ; the KV pages themselves go by NIXL
+    decode engine  <--PrefillToDecode--   prefill engine
+
+Receivers `match` on the struct and end in `assert_never`. The module knows no socket and no encoding of rows; its
+neighbours are `common.wire` (sends these) and `common.protocol` (translates HTTP bodies to and from these).
+
+Ranges are half-open and absolute everywhere: P prompt tokens, G generated tokens, s = `routed_experts_start_len`.
+"""
+
+from typing import Literal, NamedTuple
+
+from msgspec import Struct
+
+from common.errors import RequestError, RequestFailed, TandemError
+
+Leg = Literal["prefill", "decode"]
+RowDtype = Literal["uint8", "uint16"]
+
+
+# ------------------------------------------------------------------------------------------------ requests
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True):
+    """How tokens are drawn; validated by `common.protocol.generate`, trusted everywhere below it."""
+
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    seed: int = 0
+
+
+class RequestOptions(Struct, frozen=True, kw_only=True):
+    """All that a request asks for besides its prompt; it travels whole, no option is passed on alone."""
+
+    sampling: SamplingParams = SamplingParams()
+    stream: bool = False
+    return_logprob: bool = False
+    return_routed_experts: bool = False
+    routed_experts_start_len: int = 0
+    routed_experts_dtype: Literal["int32", "auto"] = "int32"
+
+
+class Bootstrap(Struct, frozen=True):
+    """Where the decode leg finds the prefill leg of its sample: the prefill worker's ZMQ address and the room."""
+
+    host: str
+    port: int
+    room: int
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+class VersionSpan(Struct, frozen=True, array_like=True):
+    """Rows `[start, stop)` were computed by weights of this version."""
+
+    start: int
+    stop: int
+    weight_version: str
+
+
+class RowHeader(Struct, frozen=True, kw_only=True):
+    """What a block of rows is: positions `[start, stop)`, `[stop - start, len(layer_ids), top_k]` ids of `dtype`.
+
+    `layer_ids` are the global numbers of the MoE layers, in order; `num_hidden_layers` counts the dense ones too.
+    """
+
+    start: int
+    stop: int
+    dtype: RowDtype
+    num_experts: int
+    top_k: int
+    layer_ids: tuple[int, ...]
+    num_hidden_layers: int
+    weight_versions: tuple[VersionSpan, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`[rows, MoE layers, K]`."""
+        return (self.stop - self.start, len(self.layer_ids), self.top_k)
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the data that belongs to this header."""
+        rows, layers, top_k = self.shape
+        return rows * layers * top_k * (1 if self.dtype == "uint8" else 2)
+
+
+class RowBlock(NamedTuple):
+    """A header and its rows as raw little-endian C-order bytes; between processes the bytes are a frame of their own."""
+
+    header: RowHeader
+    data: bytes | memoryview
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+class ErrorReport(Struct, frozen=True, kw_only=True):
+    """An error on its way to the client: the body's fields and the HTTP status."""
+
+    status: int
+    message: str
+    code: str
+    leg: str | None = None
+    stage: str | None = None
+    rid: str | None = None
+
+    @classmethod
+    def of(
+        cls, error: Exception, *, leg: str | None = None, stage: str | None = None, rid: str | None = None
+    ) -> "ErrorReport":
+        """Describe `error`; what the error itself says of leg and stage wins."""
+        if isinstance(error, RequestFailed):
+            leg, stage = error.leg or leg, error.stage or stage
+        if isinstance(error, RequestFailed | RequestError):
+            return cls(status=error.status, message=str(error), code=error.code, leg=leg, stage=stage, rid=rid)
+        status = 502 if isinstance(error, TandemError) else 500
+        message = str(error) if isinstance(error, TandemError) else f"internal error: {type(error).__name__}: {error}"
+        return cls(status=status, message=message, code="internal", leg=leg, stage=stage, rid=rid)
+
+
+# ------------------------------------------------------------------------------------------------ frontend -> engine
+
+
+class Generate(Struct, frozen=True, tag=True, kw_only=True):
+    """Run one sample. `bootstrap` is there on both legs of a pair, and absent when the prompt is only scored."""
+
+    rid: str
+    input_ids: list[int]
+    options: RequestOptions
+    bootstrap: Bootstrap | None = None
+
+
+class Abort(Struct, frozen=True, tag=True):
+    """The client is gone: stop the request, answer nothing, give everything back."""
+
+    rid: str
+
+
+class GetStats(Struct, frozen=True, tag=True):
+    """Ask for one `Stats` with the same serial."""
+
+    serial: int
+
+
+class Shutdown(Struct, frozen=True, tag=True):
+    """Leave the loop and exit with code 0."""
+
+
+FrontendToEngine = Generate | Abort | GetStats | Shutdown
+
+
+# ------------------------------------------------------------------------------------------------ engine -> frontend
+
+
+class EngineReady(Struct, frozen=True, tag=True, kw_only=True):
+    """The engine has its weights and its memory; the limits are those that a request is checked against."""
+
+    model_type: str
+    dtype: str
+    device: str
+    vocab_size: int
+    context_tokens: int
+    kv_pool_tokens: int
+    page_size: int
+    num_hidden_layers: int
+    moe_layer_ids: tuple[int, ...]
+    num_experts: int
+    top_k: int
+    max_running_requests: int
+    weight_version: str
+
+
+class Tokens(Struct, frozen=True, tag=True):
+    """Tokens that were just settled, for a request that streams; logprobs only if asked for."""
+
+    rid: str
+    token_ids: list[int]
+    logprobs: list[float]
+
+
+class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Why a sample ended: `stop` with the token id that matched, or `length` with the number of tokens."""
+
+    type: Literal["stop", "length"]
+    matched: int | None = None
+    length: int | None = None
+
+
+class Finished(Struct, frozen=True, tag=True, kw_only=True):
+    """A sample's end. The message's extra frame holds the rows of `rows`, if any were asked for.
+
+    `token_ids` are all output tokens that this leg knows: the first one on a prefill leg, all G on a decode leg.
+    """
+
+    rid: str
+    prompt_tokens: int
+    cached_tokens: int
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: FinishReason
+    rows: RowHeader | None = None
+    timings: dict[str, float] = {}
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """A sample's end without an answer; whatever it held has been or will be given back."""
+
+    rid: str
+    error: ErrorReport
+
+
+class PageCounts(Struct, frozen=True, kw_only=True):
+    """Where every KV page of a worker is, recounted from the owners; `unaccounted` other than 0 is a leak or a double free."""
+
+    total: int
+    free: int
+    cached: int
+    running: int
+    quarantined: int
+    unaccounted: int
+
+
+class Stats(Struct, frozen=True, tag=True, kw_only=True):
+    """An engine's gauges and counters since it started."""
+
+    serial: int
+    queued_requests: int
+    running_requests: int
+    pages: PageCounts
+    steps: int
+    tokens_computed: int
+    tokens_cached: int
+    rows_committed: int
+    rows_dropped: int
+    rows_refused: int
+    kv_bytes: int
+    kv_writes: int
+    rooms: int
+    dropped_messages: int
+
+
+EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats
+
+
+# ------------------------------------------------------------------------------------------------ decode -> prefill
+
+
+class PoolInfo(Struct, frozen=True, kw_only=True):
+    """One side's KV pool as the other side must see it: pages of `page_bytes` from `base_address` on."""
+
+    base_address: int
+    num_pages: int
+    page_bytes: int
+    page_size: int
+    device_id: int
+    memory: Literal["DRAM", "VRAM"]
+    layout: str
+
+
+class Hello(Struct, frozen=True, tag=True, kw_only=True):
+    """First message of a decode worker to a prefill worker: who it is, and where its pages are."""
+
+    peer: str
+    protocol: int
+    agent_metadata: bytes
+    pool: PoolInfo
+    weight_version: str
+
+
+class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
+    """Write the prompt's KV of `room` into these pages, in order. Sent before or after the prefill leg itself arrives."""
+
+    room: int
+    generation: int
+    pages: list[int]
+    prompt_tokens: int
+    prompt_digest: bytes
+
+
+class KvAbort(Struct, frozen=True, tag=True):
+    """Stop writing for this room; answered by `KvClosed` once no posted write is left."""
+
+    room: int
+    generation: int
+
+
+DecodeToPrefill = Hello | KvRequest | KvAbort
+
+
+# ------------------------------------------------------------------------------------------------ prefill -> decode
+
+
+class HelloReply(Struct, frozen=True, tag=True, kw_only=True):
+    """The prefill worker's answer to `Hello`; `refusal` says why the two cannot be a pair."""
+
+    peer: str
+    refusal: str | None = None
+
+
+class FirstToken(Struct, frozen=True, kw_only=True):
+    """The hand-over: the token that the prefill sampled at position P, with what the decode side needs to go on."""
+
+    token_id: int
+    logprob: float
+
+
+class KvDone(Struct, frozen=True, tag=True, kw_only=True):
+    """All `num_writes` writes of the room have completed; the receiver counts their notifications too."""
+
+    room: int
+    generation: int
+    num_writes: int
+    first_token: FirstToken
+
+
+class KvClosed(Struct, frozen=True, tag=True, kw_only=True):
+    """No write of this room is left or will come; the pages are the receiver's again. `error` is None for an asked abort."""
+
+    room: int
+    generation: int
+    error: str | None = None
+    stage: str | None = None
+
+
+PrefillToDecode = HelloReply | KvDone | KvClosed

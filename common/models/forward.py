@@ -1,0 +1,43 @@
+"""What a model is given for one step, and what it must offer; the seam between the engine and the models.
+
+Shape letters: T tokens of the step, D hidden size, K top-k, S sampled positions, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from common.kernels.attention import AttentionPlan
+from common.memory.kv_pool import KvPool
+
+
+class RoutingSink(Protocol):
+    """Takes the experts that each MoE layer chose; `common.routed_experts.capture` is the one that keeps them."""
+
+    def record(self, moe_layer: int, expert_ids_TK: torch.Tensor) -> None:
+        """Note `[T, K]` expert ids (any integer dtype) of the `moe_layer`-th MoE layer, counted from 0 over MoE layers alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's tokens, all requests concatenated. Tensors live on the model's device and belong to this step."""
+
+    token_ids_T: torch.Tensor
+    """int64, `[0, V)`."""
+    positions_T: torch.Tensor
+    """int64, absolute."""
+    slots_T: torch.Tensor
+    """int64: where each token's key and value go."""
+    attention: AttentionPlan
+    routing: RoutingSink
+
+
+class MoeModel(Protocol):
+    """A causal language model with MoE layers."""
+
+    def __call__(self, batch: ForwardBatch, kv_pool: KvPool) -> torch.Tensor:
+        """Run the layers, store the step's keys and values, record the routing; returns hidden states `[T, D]` after the final norm."""
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Project hidden states to float32 logits `[S, V]`."""
