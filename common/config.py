@@ -31,7 +31,8 @@ def option(
     le: float | None = None,
 ) -> Meta:
     """Declare an option: what it does, its unit and its bounds."""
-    return Meta(description=description, ge=ge, gt=gt, le=le, extra={"unit": unit, "metavar": metavar})
+    bounds = {name: bound for name, bound in (("ge", ge), ("gt", gt), ("le", le)) if bound is not None}
+    return Meta(description=description, extra={"unit": unit, "metavar": metavar}, **bounds)  # type: ignore[call-overload, no-any-return]
 
 
 # ------------------------------------------------------------------------------------------------ option groups
@@ -45,7 +46,8 @@ class ModelOptions(Struct, frozen=True, kw_only=True):
         Literal["auto", "dummy"], option("auto: read the weights; dummy: random weights of the config's shapes")
     ] = "auto"
     dtype: Annotated[
-        Literal["auto", "bfloat16", "float16", "float32"], option("type of weights and activations; auto: the checkpoint's")
+        Literal["auto", "bfloat16", "float16", "float32"],
+        option("type of weights and activations; auto: the checkpoint's"),
     ] = "auto"
     context_tokens: Annotated[
         int, option("longest prompt plus output; 0: what the model was trained for", unit="tokens", ge=0)
@@ -56,7 +58,9 @@ class ModelOptions(Struct, frozen=True, kw_only=True):
 class EngineOptions(Struct, frozen=True, kw_only=True):
     """How one engine process runs."""
 
-    device: Annotated[Literal["auto", "cpu", "cuda"], option("where the model runs; auto: a GPU if there is one")] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], option("where the model runs; auto: a GPU if there is one")] = (
+        "auto"
+    )
     page_size: Annotated[int, option("slots in one KV page", unit="tokens", ge=1, le=1024)] = 16
     kv_pool_tokens: Annotated[
         int, option("slots in the KV pool; 0: from --memory-fraction on a GPU, 32768 on a CPU", unit="tokens", ge=0)
@@ -64,10 +68,14 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     memory_fraction: Annotated[
         float, option("part of the GPU's memory for weights and KV pool together", gt=0, le=1)
     ] = 0.85
-    max_running_requests: Annotated[int, option("requests that share a step at most", unit="requests", ge=1, le=65536)] = 256
+    max_running_requests: Annotated[
+        int, option("requests that share a step at most", unit="requests", ge=1, le=65536)
+    ] = 256
     overlap: Annotated[bool, option("prepare step n+1 while step n runs")] = True
     verify_rows: Annotated[bool, option("check every routed-expert row before it leaves")] = True
-    cpu_threads: Annotated[int, option("torch threads of an engine on a CPU; 0: half the cores", unit="threads", ge=0)] = 0
+    cpu_threads: Annotated[
+        int, option("torch threads of an engine on a CPU; 0: half the cores", unit="threads", ge=0)
+    ] = 0
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):
@@ -78,7 +86,9 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     max_body_bytes: Annotated[int, option("largest request body", unit="bytes", ge=1024)] = 64 * 2**20
     request_deadline_s: Annotated[float, option("longest time that a request may take", unit="s", gt=0)] = 1800.0
     shutdown_deadline_s: Annotated[float, option("longest time that stopping may take", unit="s", gt=0)] = 10.0
-    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("least important line that is logged")] = "info"
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"], option("least important line that is logged")
+    ] = "info"
 
 
 # ------------------------------------------------------------------------------------------------ from flags and TOML
@@ -151,7 +161,9 @@ class _Option(Struct, frozen=True):
         if self.type is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["metavar"] = extra.get("metavar") or (self.name.upper() if get_origin(self.type) is not Literal else None)
+            settings["metavar"] = extra.get("metavar") or (
+                self.name.upper() if get_origin(self.type) is not Literal else None
+            )
             if get_origin(self.type) is Literal:
                 settings["choices"] = get_args(self.type)
             if get_origin(self.type) is tuple:

@@ -4,6 +4,8 @@ A page is `[kv_head, layer, 2, slot, dim]`, row-major: a head's share of a page 
 there), and one layer's keys are a strided view over all pages. It knows no torch; `common.memory.kv_pool` holds the memory.
 """
 
+import numpy as np
+import numpy.typing as npt
 from msgspec import Struct
 
 
@@ -36,3 +38,9 @@ class KvLayout(Struct, frozen=True, kw_only=True):
     def pages_for(self, num_tokens: int) -> int:
         """How many pages `num_tokens` tokens take."""
         return -(-num_tokens // self.page_size)
+
+
+def slots_of(pages: npt.ArrayLike, start: int, stop: int, page_size: int) -> npt.NDArray[np.int64]:
+    """The slots of positions `[start, stop)` of a request whose pages are `pages`, in order."""
+    positions = np.arange(start, stop)
+    return np.asarray(pages, dtype=np.int64)[positions // page_size] * page_size + positions % page_size

@@ -1,0 +1,70 @@
+"""Every buffer's size, derived once from the model and the options (R9); pure, so that a property test can search it.
+
+Units are in the names. No other module computes a size: what is not here has no size of its own.
+"""
+
+import math
+
+from msgspec import Struct
+
+from common.config import EngineOptions
+from common.errors import UsageError
+from common.memory.layout import KvLayout
+from common.routed_experts.spec import RowSpec
+
+DEFAULT_CPU_POOL_TOKENS = 32768
+
+
+class CapacityPlan(Struct, frozen=True, kw_only=True):
+    """What one engine can hold. Slots are `[0, kv_pool_tokens)`, pages `[0, num_pages)`, rows of a step `[0, max_step_tokens)`."""
+
+    page_size: int
+    num_pages: int
+    context_tokens: int
+    """Longest P + G."""
+    pages_per_request: int
+    max_running_requests: int
+    max_step_tokens: int
+    kv_pool_bytes: int
+    capture_buffer_bytes: int
+    host_cache_bytes: int
+
+    @property
+    def kv_pool_tokens(self) -> int:
+        """Slots in the pool."""
+        return self.num_pages * self.page_size
+
+
+def plan_capacity(
+    options: EngineOptions,
+    layout: KvLayout,
+    rows: RowSpec,
+    *,
+    context_tokens: int,
+    chunked_prefill_tokens: int,
+    budget_bytes: int | None,
+) -> CapacityPlan:
+    """Derive all sizes. `chunked_prefill_tokens` is 0 for a worker that never prefills; `budget_bytes` is for pool and capture
+    buffer together, None for the default.
+
+    Raises UsageError if not even one page fits.
+    """
+    max_step_tokens = max(chunked_prefill_tokens, options.max_running_requests)
+    capture_buffer_bytes = max_step_tokens * rows.row_bytes
+    if options.kv_pool_tokens or budget_bytes is None:
+        num_pages = (options.kv_pool_tokens or DEFAULT_CPU_POOL_TOKENS) // options.page_size
+    else:
+        num_pages = max(0, budget_bytes - capture_buffer_bytes) // layout.page_bytes
+    if num_pages < 1:
+        raise UsageError("--kv-pool-tokens: the KV pool would not hold a single page")
+    return CapacityPlan(
+        page_size=options.page_size,
+        num_pages=num_pages,
+        context_tokens=context_tokens,
+        pages_per_request=math.ceil(context_tokens / options.page_size),
+        max_running_requests=options.max_running_requests,
+        max_step_tokens=max_step_tokens,
+        kv_pool_bytes=num_pages * layout.page_bytes,
+        capture_buffer_bytes=capture_buffer_bytes,
+        host_cache_bytes=num_pages * options.page_size * rows.row_bytes,
+    )

@@ -1,0 +1,136 @@
+"""The engine: one model on one device, with its KV pool, its page allocator and its host cache. It runs plans.
+
+It knows no role, no queue, no network: a worker's scheduler decides what a plan holds, `common.engine.loop` when it runs.
+"""
+
+import torch
+
+from common.config import EngineOptions, ModelOptions
+from common.engine.batch import build_batch
+from common.engine.capacity import CapacityPlan, plan_capacity
+from common.engine.device import Device, open_device
+from common.engine.sampler import sample
+from common.engine.seats import Seats
+from common.engine.step import Launched
+from common.memory.kv_pool import KvPool
+from common.memory.layout import KvLayout, slots_of
+from common.memory.page_allocator import PageAllocator
+from common.memory.request_table import RequestTable
+from common.messages import RowBlock
+from common.models.config import ModelConfig, load_model_config, resolve_checkpoint
+from common.models.forward import MoeModel
+from common.models.registry import build_model, resolve_dtype
+from common.routed_experts.capture import RoutedExpertsCapturer
+from common.routed_experts.collect import collect
+from common.routed_experts.host_cache import HostCache
+from common.routed_experts.spec import RowSpec
+from common.scheduling.request import Request
+from common.scheduling.step_plan import StepPlan
+
+
+class Engine:
+    """Runs steps. `launch` queues a step's work and returns at once; `Launched.settle` waits for it and commits."""
+
+    def __init__(
+        self,
+        *,
+        model: MoeModel,
+        config: ModelConfig,
+        capacity: CapacityPlan,
+        device: Device,
+        kv_pool: KvPool,
+        allocator: PageAllocator,
+        capturer: RoutedExpertsCapturer,
+        host_cache: HostCache,
+        weight_version: str,
+    ) -> None:
+        self.config = config
+        self.capacity = capacity
+        self.kv_pool = kv_pool
+        self.allocator = allocator
+        self.host_cache = host_cache
+        self.weight_version = weight_version
+        self.table = RequestTable(capacity.max_running_requests, capacity.pages_per_request, device.torch_device)
+        self.seats = Seats(allocator, self.table)
+        self.num_steps = 0
+        self.num_tokens_computed = 0
+        self._model = model
+        self._device = device
+        self._capturer = capturer
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> Launched:
+        """Queue one forward pass and its copies to the host; the device may still be busy with the step before."""
+        assert plan.num_tokens <= self.capacity.max_step_tokens, "the plan is over the step's token budget"
+        batch = build_batch(plan, self.table, self._device, self.capacity.page_size, self._capturer)
+        ticket = self.host_cache.reserve(batch.slots)
+        hidden_TD = self._model(batch.forward, self.kv_pool)
+        results = [self._capturer.take(plan.num_tokens)]
+        if batch.sampling is not None:
+            tokens_S, logprobs_S = sample(self._model.logits(hidden_TD[batch.last_tokens_S]), batch.sampling)
+            self.table.last_tokens[batch.sampled_rows_S] = tokens_S
+            results += [tokens_S, logprobs_S]
+        self.num_steps += 1
+        self.num_tokens_computed += plan.num_tokens
+        return Launched(plan, self._device.copy_to_host(results), ticket, self.host_cache)
+
+    def collect_rows(self, request: Request, start: int, stop: int, *, verified: bool) -> RowBlock:
+        """Copy the settled rows of positions `[start, stop)` of a request that still holds its pages. Raises RowsError."""
+        slots = slots_of(request.pages, start, stop, self.capacity.page_size)
+        return collect(
+            self.host_cache, slots, start=start, rid=request.rid, weight_version=self.weight_version, verified=verified
+        )
+
+
+def build_engine(
+    model_options: ModelOptions,
+    options: EngineOptions,
+    *,
+    chunked_prefill_tokens: int,
+    device: Device | None = None,
+    engine_type: type[Engine] = Engine,
+    capturer_type: type[RoutedExpertsCapturer] = RoutedExpertsCapturer,
+    host_cache_type: type[HostCache] = HostCache,
+) -> Engine:
+    """Load the model and allocate all memory. The types can be replaced by ones that misbehave, to show that checks can fail.
+
+    Raises UsageError or CheckpointError for what the operator can mend.
+    """
+    config = load_model_config(resolve_checkpoint(model_options.model))
+    device = device or open_device(options)
+    model = build_model(config, model_options, device.torch_device)
+    dtype = resolve_dtype(config, model_options)
+    layout = KvLayout(
+        page_size=options.page_size,
+        num_layers=config.num_hidden_layers,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        itemsize_bytes=dtype.itemsize,
+    )
+    rows = RowSpec(
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        layer_ids=config.moe_layer_ids,
+        num_hidden_layers=config.num_hidden_layers,
+    )
+    capacity = plan_capacity(
+        options,
+        layout,
+        rows,
+        context_tokens=model_options.context_tokens or config.max_position_embeddings,
+        chunked_prefill_tokens=chunked_prefill_tokens,
+        budget_bytes=device.pool_budget_bytes(options.memory_fraction),
+    )
+    allocator = PageAllocator(capacity.num_pages)
+    return engine_type(
+        model=model,
+        config=config,
+        capacity=capacity,
+        device=device,
+        kv_pool=KvPool(layout, capacity.num_pages, device.torch_device, dtype),
+        allocator=allocator,
+        capturer=capturer_type(rows, capacity.max_step_tokens, device.torch_device),
+        host_cache=host_cache_type(rows, allocator.generations, options.page_size),
+        weight_version=model_options.weight_version,
+    )

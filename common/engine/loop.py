@@ -1,0 +1,95 @@
+"""The one loop: plan, launch, settle (R2). Overlap is the depth and nothing else.
+
+With depth 2 the host settles step n-1 while the device runs step n; with depth 1 every step is settled at once, on the same
+path. The loop knows no requests: a worker's role decides what to plan and what a result means.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, assert_never
+
+from common.engine.engine import Engine
+from common.engine.step import Launched, StepResult
+from common.messages import Abort, EngineToFrontend, FrontendToEngine, Generate, GetStats, Shutdown, Stats
+from common.scheduling.step_plan import StepPlan
+
+IDLE_WAIT_S = 1.0
+"""Longest sleep of an idle engine; messages and transfer events end it at once."""
+
+
+class Reply(Protocol):
+    """Sends a message to the frontend, with its extra frames."""
+
+    def __call__(self, message: EngineToFrontend, /, *frames: bytes | memoryview) -> None:
+        """Queue it; never blocks."""
+
+
+class Role(Protocol):
+    """What prefill and decode workers give the loop."""
+
+    def handle(self, message: Generate | Abort) -> None:
+        """Take a request in, or give one up."""
+
+    def on_transfer_events(self) -> None:
+        """Take what the transfer's thread has to say."""
+
+    def stats(self, serial: int) -> Stats:
+        """Report gauges and counters."""
+
+    def plan(self) -> StepPlan | None:
+        """Decide the next step, or None if nothing can run now."""
+
+    def on_settled(self, result: StepResult) -> None:
+        """Take a settled step's tokens; its rows are in the host cache already."""
+
+
+class Loop:
+    """Drives one engine for one role. One thread calls `turn`, and nothing else touches engine or role meanwhile."""
+
+    def __init__(self, engine: Engine, role: Role, *, overlap: bool) -> None:
+        self._engine = engine
+        self._role = role
+        self._depth = 2 if overlap else 1
+        self._in_flight: deque[Launched] = deque()
+
+    def turn(self) -> bool:
+        """Launch a step if there is one, settle the eldest if it is due; False if there was nothing to do."""
+        plan = self._role.plan()
+        if plan is not None:
+            self._in_flight.append(self._engine.launch(plan))
+        if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
+            self._role.on_settled(self._in_flight.popleft().settle())
+            return True
+        return plan is not None
+
+
+class Channel(Protocol):
+    """The engine's way to its frontend; `common.wire.EngineChannel` is the real one."""
+
+    def receive(self) -> list[FrontendToEngine]:
+        """All messages that are here."""
+
+    def send(self, message: EngineToFrontend, *frames: bytes | memoryview) -> None:
+        """Queue a message."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until there is a message or a wake."""
+
+
+def serve(channel: Channel, loop: Loop, role: Role, check: Callable[[], None]) -> None:
+    """Run an engine process's main thread until `Shutdown`; `check` raises if another thread has failed."""
+    while True:
+        for message in channel.receive():
+            match message:
+                case Generate() | Abort():
+                    role.handle(message)
+                case GetStats():
+                    channel.send(role.stats(message.serial))
+                case Shutdown():
+                    return
+                case _:
+                    assert_never(message)
+        role.on_transfer_events()
+        check()
+        if not loop.turn():
+            channel.wait(IDLE_WAIT_S)

@@ -1,0 +1,44 @@
+"""Seats: the one place where a request gets a table row and pages, and the one place where it loses them.
+
+A row goes back when no step with the request is in flight; the pages when, besides, nobody else may read or write them for
+this request: no transfer, no peer (R11). Who knows when that is, is the role's worker.
+"""
+
+from common.memory.page_allocator import PageAllocator
+from common.memory.request_table import RequestTable
+from common.scheduling.request import Request
+
+
+class Seats:
+    """Rows and pages of an engine, handed to requests together."""
+
+    def __init__(self, allocator: PageAllocator, table: RequestTable) -> None:
+        self._allocator = allocator
+        self._table = table
+        self.holders: set[Request] = set()
+        """Requests that hold pages."""
+
+    @property
+    def any_free(self) -> bool:
+        """Whether one more request can be seated, as far as rows go."""
+        return self._table.num_free > 0
+
+    def take(self, request: Request, pages: list[int]) -> None:
+        """Seat a request on pages that the caller has allocated or shared for it, in order of their positions."""
+        request.pages = pages
+        request.row = self._table.allocate(pages)
+        self.holders.add(request)
+
+    def give_back_row(self, request: Request) -> None:
+        """Free the row, if the request has one; no step with it may be in flight."""
+        assert request.steps_in_flight == 0, f"{request.rid} is in a step"
+        if request.row >= 0:
+            self._table.release(request.row)
+            request.row = -1
+
+    def give_back_pages(self, request: Request) -> None:
+        """Give one reference to each of the request's pages back."""
+        assert request.row < 0, f"{request.rid} still has its row"
+        self._allocator.release(request.pages)
+        request.pages = []
+        self.holders.discard(request)

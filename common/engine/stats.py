@@ -1,0 +1,66 @@
+"""What an engine says of itself: gauges, counters, and a recount of its pages from their owners."""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from common.engine.engine import Engine
+from common.messages import PageCounts, Stats
+from common.scheduling.request import RequestState
+
+
+class TransferCounters(Protocol):
+    """What a transfer endpoint counts; read from the engine's thread, written by the transfer's."""
+
+    @property
+    def num_rooms(self) -> int:
+        """Rooms that are open."""
+
+    num_writes: int
+    num_bytes: int
+    num_dropped: int
+
+
+def make_stats(
+    engine: Engine,
+    transfer: TransferCounters,
+    *,
+    serial: int,
+    queued_requests: int,
+    running_requests: int,
+    cached_pages: Iterable[int] = (),
+    tokens_cached: int = 0,
+    rows_refused: int,
+) -> Stats:
+    """Recount the pages and gather the counters. O(pages)."""
+    return Stats(
+        serial=serial,
+        queued_requests=queued_requests,
+        running_requests=running_requests,
+        pages=count_pages(engine, cached_pages),
+        steps=engine.num_steps,
+        tokens_computed=engine.num_tokens_computed,
+        tokens_cached=tokens_cached,
+        rows_committed=engine.host_cache.rows_committed,
+        rows_dropped=engine.host_cache.rows_dropped,
+        rows_refused=rows_refused,
+        kv_bytes=transfer.num_bytes,
+        kv_writes=transfer.num_writes,
+        rooms=transfer.num_rooms,
+        dropped_messages=transfer.num_dropped,
+    )
+
+
+def count_pages(engine: Engine, cached_pages: Iterable[int]) -> PageCounts:
+    """Recount every page from its owners: the prefix cache and the seated requests."""
+    cached = list(cached_pages)
+    holders = engine.seats.holders
+    quarantined = {page for r in holders if r.state is RequestState.QUARANTINED for page in r.pages}
+    running = {page for r in holders if r.state is not RequestState.QUARANTINED for page in r.pages}
+    return PageCounts(
+        total=engine.allocator.num_pages,
+        free=engine.allocator.num_free,
+        cached=len(cached),
+        running=len(running),
+        quarantined=len(quarantined),
+        unaccounted=engine.allocator.num_unaccounted([cached, *(request.pages for request in holders)]),
+    )

@@ -1,0 +1,142 @@
+"""Pure torch kernels: what an engine on a CPU runs, and the oracles that the GPU kernels are tested against.
+
+They compute what transformers' Qwen3-MoE computes, rounding included, on any device. They know no model and no request;
+the plan that `paged_attention` follows is described in `common.kernels.attention`.
+
+Shape letters: T tokens, D hidden size, H query heads, h key/value heads, d head size, E experts, K top-k, I expert
+width, Q queries and C context of one request. Caches are one layer's strided views `[page, h, slot in page, d]`
+(`common.memory.kv_pool.KvPool.layer`); the slot of a token is `page * page_size + slot in page`.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from common.kernels.attention import AttentionPlan
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Scale the last dimension to root mean square 1, then by `weight`; same shape and dtype as `x`.
+
+    The mean is taken in float32 and the result rounded before the weight is applied, as transformers does.
+    """
+    x_float32 = x.float()
+    normed = x_float32 * torch.rsqrt(x_float32.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def rotary(
+    q_THd: torch.Tensor, k_Thd: torch.Tensor, cos_Td: torch.Tensor, sin_Td: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries `[T, H, d]` and keys `[T, h, d]` by their positions; returns new tensors.
+
+    Element i pairs with element i + d/2, and `cos`, `sin` repeat each angle in both halves (transformers' convention).
+    """
+    cos_T1d, sin_T1d = cos_Td.unsqueeze(1), sin_Td.unsqueeze(1)
+    return _rotate(q_THd, cos_T1d, sin_T1d), _rotate(k_Thd, cos_T1d, sin_T1d)
+
+
+def _rotate(x_THd: torch.Tensor, cos_T1d: torch.Tensor, sin_T1d: torch.Tensor) -> torch.Tensor:
+    first, second = x_THd.chunk(2, dim=-1)
+    return x_THd * cos_T1d + torch.cat((-second, first), dim=-1) * sin_T1d
+
+
+def store_kv(
+    k_cache: torch.Tensor, v_cache: torch.Tensor, slots_T: torch.Tensor, k_Thd: torch.Tensor, v_Thd: torch.Tensor
+) -> None:
+    """Write each token's key and value `[T, h, d]` into its slot of the caches; `slots_T` is int64, without repeats."""
+    page_size = k_cache.shape[2]
+    page_T, slot_in_page_T = slots_T // page_size, slots_T % page_size
+    k_cache[page_T, :, slot_in_page_T] = k_Thd
+    v_cache[page_T, :, slot_in_page_T] = v_Thd
+
+
+def paged_attention(
+    q_THd: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan
+) -> torch.Tensor:
+    """Attend each query to its own request's keys up to its own position; returns `[T, H, d]`.
+
+    The step's keys and values are in the cache already (`store_kv` ran first). H is a multiple of h; scores are scaled
+    by 1/sqrt(d). Requests go one by one in decode steps too: one padded batch was 2 to 5 times slower on a CPU.
+    """
+    out_THd = torch.empty_like(q_THd)
+    for i, context_tokens in enumerate(plan.context_tokens):
+        queries = slice(plan.query_starts[i], plan.query_starts[i + 1])
+        pages = plan.pages[plan.page_starts[i] : plan.page_starts[i + 1]]
+        out_THd[queries] = _attend_one(
+            q_THd[queries], _gather(k_cache, pages, context_tokens), _gather(v_cache, pages, context_tokens)
+        )
+    return out_THd
+
+
+def _gather(cache: torch.Tensor, pages: torch.Tensor, context_tokens: int) -> torch.Tensor:
+    """Copy one request's pages into `[h, context, d]`."""
+    return cache[pages].transpose(0, 1).flatten(1, 2)[:, :context_tokens]
+
+
+def _attend_one(q_QHd: torch.Tensor, k_hCd: torch.Tensor, v_hCd: torch.Tensor) -> torch.Tensor:
+    """Attention of a request's last Q positions over its C keys; returns `[Q, H, d]`."""
+    num_queries, context_tokens = q_QHd.shape[0], k_hCd.shape[1]
+    mask_QC = None
+    if 1 < num_queries < context_tokens:
+        # torch's own causal mask is aligned to the top left; the queries of a later chunk are the last rows.
+        ones_QC = torch.ones(num_queries, context_tokens, dtype=torch.bool, device=q_QHd.device)
+        mask_QC = ones_QC.tril(context_tokens - num_queries)
+    out_1HQd = F.scaled_dot_product_attention(
+        q_QHd.transpose(0, 1).unsqueeze(0),
+        k_hCd.unsqueeze(0),
+        v_hCd.unsqueeze(0),
+        attn_mask=mask_QC,
+        is_causal=1 < num_queries == context_tokens,
+        enable_gqa=True,
+    )
+    return out_1HQd.squeeze(0).transpose(0, 1)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of `[..., 2I]` whose last dimension is gate then up; returns `[..., I]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def route(
+    hidden_TD: torch.Tensor, gate_weight_ED: torch.Tensor, top_k: int, norm_topk_prob: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose each token's experts: weights `[T, K]` in the hidden dtype and ids `[T, K]` int64, likeliest first.
+
+    Softmax and top-k run in float32. Two experts of equal probability are ordered as torch.topk orders them.
+    """
+    probabilities_TE = F.linear(hidden_TD, gate_weight_ED).softmax(dim=-1, dtype=torch.float32)
+    weights_TK, ids_TK = probabilities_TE.topk(top_k, dim=-1)
+    if norm_topk_prob:
+        weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+    return weights_TK.to(hidden_TD.dtype), ids_TK
+
+
+def moe_experts(
+    hidden_TD: torch.Tensor,
+    ids_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    gate_up_E2ID: torch.Tensor,
+    down_EDI: torch.Tensor,
+) -> torch.Tensor:
+    """Run each token through its experts and add their outputs by weight; returns `[T, D]`.
+
+    An expert that some token chose runs once, over its tokens together; the only wait for the device is for the counts.
+    A token's outputs are added in the order of `ids_TK`, so the order does not depend on the step's other tokens.
+    """
+    num_tokens, top_k = ids_TK.shape
+    num_experts = gate_up_E2ID.shape[0]
+    sorted_ids, order = ids_TK.flatten().sort(stable=True)
+    experts = torch.arange(num_experts + 1, device=ids_TK.device, dtype=sorted_ids.dtype)
+    starts = torch.searchsorted(sorted_ids, experts).tolist()
+    sorted_hidden = hidden_TD[order // top_k]
+    sorted_out = torch.empty_like(sorted_hidden)
+    for expert, (start, stop) in enumerate(pairwise(starts)):
+        if start < stop:
+            inner = silu_and_mul(F.linear(sorted_hidden[start:stop], gate_up_E2ID[expert]))
+            sorted_out[start:stop] = F.linear(inner, down_EDI[expert])
+    out = torch.empty_like(sorted_out)
+    out[order] = sorted_out
+    return (out.view(num_tokens, top_k, -1) * weights_TK.unsqueeze(-1)).sum(dim=1)

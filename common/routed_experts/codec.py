@@ -1,0 +1,115 @@
+"""Rows in and out of bytes: blocks as arrays, and the forms in which a reply carries them.
+
+    "auto"    [rows, MoE layers, K]      in the smallest dtype: what travels between our own processes too
+    "int32"   [rows, hidden layers, K]   int32, dense layers zero: trainers index it by global layer number
+
+It knows no JSON and no HTTP. Neighbours: `spec` (dtypes), `verify` (checks what this only reshapes), `router.merge`,
+`common.server` (puts `row_fields` into a reply).
+"""
+
+import base64
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import RowsMismatch
+from common.messages import RowBlock, RowHeader
+from common.routed_experts.spec import rows_of
+
+Rows = npt.NDArray[np.unsignedinteger]
+RowForm = Literal["int32", "auto"]
+
+# One base64 call holds the interpreter lock to its end, so large replies are encoded in slices of about this size
+# (R16).
+_SLICE_BYTES = 144 * 2**10
+
+
+def view(block: RowBlock) -> Rows:
+    """See a block's bytes as its ids, `[rows, L, K]`, without a copy; valid as long as the block's data is.
+
+    Raises RowsMismatch if the data is not as long as the header says.
+    """
+    header, data = block
+    if header.stop < header.start or len(data) != header.num_bytes:
+        raise RowsMismatch(
+            f"rows [{header.start}, {header.stop}) of shape {list(header.shape)} {header.dtype} "
+            f"should be {header.num_bytes} bytes, but are {len(data)}"
+        )
+    return rows_of(np.frombuffer(data, dtype=np.uint8), header)
+
+
+def block_of(header: RowHeader, rows: Rows) -> RowBlock:
+    """Make a block of an array `[rows, L, K]` of the header's dtype; the block borrows the array's memory if it can."""
+    assert rows.shape == header.shape, (rows.shape, header.shape)
+    # A memoryview with a zero in its shape cannot be cast to bytes.
+    return RowBlock(header, np.ascontiguousarray(rows).data.cast("B") if rows.size else b"")
+
+
+def describe(header: RowHeader, form: RowForm) -> dict[str, object]:
+    """Make the reply fields that say what `routed_experts` is, in the given form."""
+    rows, _, top_k = header.shape
+    layer_ids = header.layer_ids if form == "auto" else tuple(range(header.num_hidden_layers))
+    return {
+        "routed_experts_start_len": header.start,
+        "routed_experts_shape": (rows, len(layer_ids), top_k),
+        "routed_experts_dtype": header.dtype if form == "auto" else "int32",
+        "routed_experts_layer_ids": layer_ids,
+        "routed_experts_moe_layer_ids": header.layer_ids,
+    }
+
+
+def row_fields(block: RowBlock, form: RowForm, *, binary: bool) -> dict[str, object]:
+    """Make all the `routed_experts` fields of a reply: base64 in `form`, or, if `binary`, raw bytes in the "auto" form.
+
+    Raises RowsMismatch if the data is not as long as the header says.
+    """
+    view(block)
+    if binary:
+        return {"routed_experts": block.data, **describe(block.header, "auto")}
+    return {"routed_experts": encode_base64(block, form), **describe(block.header, form)}
+
+
+def rows_from_reply(meta_info: Mapping[str, object]) -> npt.NDArray[np.integer]:
+    """Read the rows of a reply as a client does, `[rows, layers, K]` of the dtype that the reply names."""
+    data, shape = meta_info["routed_experts"], meta_info["routed_experts_shape"]
+    raw = base64.b64decode(data, validate=True) if isinstance(data, str) else data
+    assert isinstance(raw, bytes | memoryview)
+    assert isinstance(shape, list | tuple)
+    return np.frombuffer(raw, dtype=np.dtype(str(meta_info["routed_experts_dtype"])).newbyteorder("<")).reshape(shape)
+
+
+def base64_slices(block: RowBlock, form: RowForm) -> Iterator[bytes]:
+    """Encode a block as padded base64 without newlines, in slices to be written one after the other.
+
+    Each slice costs well under a millisecond, so a thread that walks through them leaves the interpreter to others.
+    """
+    rows = view(block)
+    header = block.header
+    layers = header.num_hidden_layers if form == "int32" else len(header.layer_ids)
+    row_bytes = layers * header.top_k * (4 if form == "int32" else rows.itemsize)
+    # A multiple of three rows is a multiple of three bytes, so that only the last slice is padded.
+    slice_rows = max(1, _SLICE_BYTES // max(1, 3 * row_bytes)) * 3
+    for lo in range(0, len(rows), slice_rows):
+        part = rows[lo : lo + slice_rows]
+        yield base64.b64encode((_spread(part, header) if form == "int32" else part).data)
+
+
+def base64_length(header: RowHeader, form: RowForm) -> int:
+    """Count the characters that `base64_slices` will give in all."""
+    rows, _, top_k = header.shape
+    num_bytes = rows * header.num_hidden_layers * top_k * 4 if form == "int32" else header.num_bytes
+    return (num_bytes + 2) // 3 * 4
+
+
+def encode_base64(block: RowBlock, form: RowForm) -> str:
+    """Encode a whole block as padded base64 without newlines; "" for zero rows."""
+    return b"".join(base64_slices(block, form)).decode("ascii")
+
+
+def _spread(rows: Rows, header: RowHeader) -> npt.NDArray[np.int32]:
+    """Place `[n, L, K]` rows at their global layer numbers: `[n, hidden layers, K]`, dense layers zero."""
+    spread = np.zeros((len(rows), header.num_hidden_layers, header.top_k), dtype="<i4")
+    spread[:, list(header.layer_ids)] = rows
+    return spread

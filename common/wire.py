@@ -1,0 +1,244 @@
+"""The only file that speaks ZMQ: typed channels between processes, msgpack inside, bulk bytes as frames of their own.
+
+    EngineChannel  <-> FrontendChannel     one engine rank and its HTTP frontend, over a private ipc socket
+    ControlDialer  <-> ControlListener     decode engines and prefill engines, over TCP
+
+Sends never block and never wait for a peer. A message that does not decode is dropped and counted, never raised: it came from
+outside. It knows no role.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from common.errors import UsageError
+from common.messages import EngineToFrontend, FrontendToEngine
+
+log = logging.getLogger(__name__)
+
+Inbound = TypeVar("Inbound")
+Outbound = TypeVar("Outbound")
+Frame = bytes | memoryview
+
+_COPY_BELOW_BYTES = 65536
+
+
+class Waker:
+    """Ends another thread's wait; a file descriptor that a poller can watch."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def wake(self) -> None:
+        """Any thread: end the wait, or the next one if nobody waits."""
+        os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """The waiting thread: be ready for the next wake."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.fd)
+
+
+class _Codec(Generic[Inbound, Outbound]):
+    """Encodes one union and decodes another."""
+
+    def __init__(self, inbound: Any) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(inbound)
+        self.num_undecodable = 0
+
+    def encode(self, message: Outbound) -> bytes:
+        return self._encoder.encode(message)
+
+    def decode(self, frame: bytes | memoryview) -> Inbound | None:
+        try:
+            decoded: Inbound = self._decoder.decode(frame)
+        except msgspec.DecodeError as error:
+            self.num_undecodable += 1
+            log.warning("dropped a message that does not decode: %s", error)
+            return None
+        return decoded
+
+
+# ------------------------------------------------------------------------------------------------ frontend <-> engine
+
+
+class EngineChannel:
+    """The engine's end: plain calls for a thread with a loop of its own."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._socket = _open(self._context, zmq.DEALER)
+        self._socket.connect(endpoint)
+        self._codec: _Codec[FrontendToEngine, EngineToFrontend] = _Codec(FrontendToEngine)
+        self._waker = Waker()
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._waker.fd, zmq.POLLIN)
+
+    def send(self, message: EngineToFrontend, *frames: Frame) -> None:
+        """Queue a message; large frames are not copied and must not change until they are sent."""
+        self._socket.send(self._codec.encode(message), zmq.SNDMORE if frames else 0)
+        for left, frame in zip(range(len(frames) - 1, -1, -1), frames, strict=True):
+            self._socket.send(frame, zmq.SNDMORE if left else 0, copy=len(frame) < _COPY_BELOW_BYTES)
+
+    def receive(self) -> list[FrontendToEngine]:
+        """All messages that are here."""
+        return [
+            message for (frame, *_) in _receive_all(self._socket) if (message := self._codec.decode(frame)) is not None
+        ]
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a message is here, `wake` is called, or the time is up."""
+        self._poller.poll(max(1, round(timeout_s * 1000)))
+        self._waker.clear()
+
+    def wake(self) -> None:
+        """Any thread: end a `wait`."""
+        self._waker.wake()
+
+    def close(self) -> None:
+        """Send what is queued, for a second at most, and close."""
+        self._socket.close(linger=1000)
+        self._context.term()
+        self._waker.close()
+
+
+class FrontendChannel:
+    """The frontend's end, for an event loop."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = _open(self._context, zmq.DEALER)
+        self._socket.bind(endpoint)
+        self._codec: _Codec[EngineToFrontend, FrontendToEngine] = _Codec(EngineToFrontend)
+
+    def send(self, message: FrontendToEngine) -> None:
+        """Queue a message."""
+        self._socket.send(self._codec.encode(message))
+
+    async def receive(self) -> tuple[EngineToFrontend, list[memoryview]]:
+        """Wait for the next message and its extra frames."""
+        while True:
+            frames = await self._socket.recv_multipart(copy=False)
+            message = self._codec.decode(frames[0].buffer)
+            if message is not None:
+                return message, [frame.buffer for frame in frames[1:]]
+
+    def close(self) -> None:
+        """Close at once."""
+        self._context.destroy(linger=100)
+
+
+# ------------------------------------------------------------------------------------------------ decode <-> prefill
+
+
+class _ControlLink(Generic[Inbound, Outbound]):
+    """What both control ends share: a context, a poller with a waker, and a codec."""
+
+    def __init__(self, inbound: Any) -> None:
+        self._context = zmq.Context()
+        self._codec: _Codec[Inbound, Outbound] = _Codec(inbound)
+        self._waker = Waker()
+        self._poller = zmq.Poller()
+        self._poller.register(self._waker.fd, zmq.POLLIN)
+
+    @property
+    def num_undecodable(self) -> int:
+        """Messages that were dropped because they did not decode."""
+        return self._codec.num_undecodable
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a message is here, `wake` is called, or the time is up."""
+        self._poller.poll(max(1, round(timeout_s * 1000)))
+        self._waker.clear()
+
+    def wake(self) -> None:
+        """Any thread: end a `wait`."""
+        self._waker.wake()
+
+    def close(self) -> None:
+        """Close all sockets; what is queued is sent for a moment only, since the peer may be gone."""
+        self._context.destroy(linger=100)
+        self._waker.close()
+
+
+class ControlListener(_ControlLink[Inbound, Outbound]):
+    """The prefill worker's end: many decode workers, known by the ids that they connect with."""
+
+    def __init__(self, host: str, port: int, inbound: Any) -> None:
+        super().__init__(inbound)
+        self._socket = _open(self._context, zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        try:
+            self._socket.bind(f"tcp://{host}:{port}")
+        except zmq.ZMQError as error:
+            raise UsageError(f"--bootstrap-port {port} on {host}: {error.strerror}") from error
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def send(self, peer: str, message: Outbound) -> None:
+        """Queue a message; one to a peer that is gone is lost."""
+        self._socket.send_multipart([peer.encode(), self._codec.encode(message)])
+
+    def receive(self) -> list[tuple[str, Inbound]]:
+        """All messages that are here, with the ids of their senders."""
+        received = []
+        for frames in _receive_all(self._socket):
+            if len(frames) == 2 and (message := self._codec.decode(frames[1])) is not None:
+                received.append((frames[0].decode(errors="replace"), message))
+        return received
+
+
+class ControlDialer(_ControlLink[Inbound, Outbound]):
+    """The decode worker's end: dials each prefill worker, `host:port`, when it is first sent something."""
+
+    def __init__(self, peer_id: str, inbound: Any) -> None:
+        super().__init__(inbound)
+        self._peer_id = peer_id
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+
+    def send(self, peer: str, message: Outbound) -> None:
+        """Queue a message; it is sent when the peer can be reached."""
+        if peer not in self._sockets:
+            socket = _open(self._context, zmq.DEALER)
+            socket.setsockopt(zmq.ROUTING_ID, self._peer_id.encode())
+            socket.connect(f"tcp://{peer}")
+            self._poller.register(socket, zmq.POLLIN)
+            self._sockets[peer] = socket
+        self._sockets[peer].send(self._codec.encode(message))
+
+    def receive(self) -> list[tuple[str, Inbound]]:
+        """All messages that are here, with the addresses of their senders."""
+        return [
+            (peer, message)
+            for peer, socket in self._sockets.items()
+            for (frame, *_) in _receive_all(socket)
+            if (message := self._codec.decode(frame)) is not None
+        ]
+
+
+def _open(context: "zmq.Context[Any]", kind: int) -> Any:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.SNDHWM, 0)  # control messages are small; blocking or losing one would be worse
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, 100)
+    return socket
+
+
+def _receive_all(socket: "zmq.Socket[bytes]") -> Sequence[list[bytes]]:
+    received: list[list[bytes]] = []
+    while True:
+        try:
+            received.append(socket.recv_multipart(zmq.NOBLOCK))
+        except zmq.Again:
+            return received

@@ -1,0 +1,266 @@
+"""1P+1D in one process and one thread, over the loopback transfer: every schedule is reproducible, every fault on demand."""
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.config import EngineOptions, ModelOptions
+from common.engine.engine import Engine, build_engine
+from common.engine.loop import Loop, Role
+from common.messages import (
+    Abort,
+    Bootstrap,
+    DecodeToPrefill,
+    EngineToFrontend,
+    Failed,
+    Finished,
+    Generate,
+    PrefillToDecode,
+    RequestOptions,
+    RowBlock,
+    RowHeader,
+    SamplingParams,
+    Tokens,
+)
+from common.routed_experts.spec import rows_of
+from decode_worker.worker import DecodeWorker
+from prefill_worker.config import PrefillOptions
+from prefill_worker.worker import PrefillWorker
+from router.merge import merge
+from transfer.config import TransferOptions
+from transfer.endpoint import Mailbox
+from transfer.loopback import FaultPolicy, LoopbackAgent, LoopbackLink, LoopbackNetwork, no_faults
+from transfer.receiver import Receiver
+from transfer.sender import Sender
+
+PREFILL = "prefill:1"
+DECODE = "decode-0"
+
+
+def nothing() -> None:
+    """Wakes nobody: the test turns everything itself."""
+
+
+@dataclass
+class Leg:
+    """What one worker has said of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    finished: Finished | None = None
+    failed: Failed | None = None
+    block: RowBlock | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.finished is not None or self.failed is not None
+
+
+@dataclass
+class Side:
+    """One worker of the pair."""
+
+    engine: Engine
+    role: Role
+    loop: Loop
+    endpoint: Sender | Receiver
+    legs: dict[str, Leg]
+
+
+class Answer:
+    """A merged reply of both legs."""
+
+    def __init__(self, prompt: list[int], start: int, prefill: Leg, decode: Leg) -> None:
+        assert prefill.finished is not None, prefill.failed
+        assert decode.finished is not None, decode.failed
+        self.prompt = prompt
+        self.start = start
+        self.output_ids = decode.finished.token_ids
+        self.logprobs = decode.finished.logprobs
+        self.finish_reason = decode.finished.finish_reason
+        self.cached_tokens = prefill.finished.cached_tokens
+        assert prefill.finished.token_ids == self.output_ids[:1]
+        self.rows: np.ndarray | None = None
+        if prefill.block is not None and decode.block is not None:
+            stop = len(prompt) + len(self.output_ids) - 1
+            block = merge([prefill.block, decode.block], start=start, stop=stop)
+            self.rows = rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)
+
+
+class InProcessPair:
+    """Build it, `submit` or `run` requests, `turn` the crank, and `check_pages` at the end."""
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        page_size: int = 16,
+        chunk_tokens: int = 8192,
+        overlap: bool = True,
+        prefix_cache: bool = True,
+        pool_tokens: int = 8192,
+        max_running: int = 32,
+        verify_rows: bool = True,
+        faults: FaultPolicy = no_faults,
+        transfer: TransferOptions = TransferOptions(),
+        prefill_engine: dict[str, Any] | None = None,
+        decode_engine: dict[str, Any] | None = None,
+    ) -> None:
+        model = ModelOptions(model=str(checkpoint))
+        options = EngineOptions(
+            device="cpu",
+            page_size=page_size,
+            kv_pool_tokens=pool_tokens,
+            max_running_requests=max_running,
+            overlap=overlap,
+            cpu_threads=1,
+        )
+        self.network = LoopbackNetwork(faults)
+        self.now = 0.0
+        self._rooms = itertools.count(1)
+        self.prompts: dict[str, list[int]] = {}
+        links: dict[str, Any] = {}
+
+        engine = build_engine(model, options, chunked_prefill_tokens=chunk_tokens, **(prefill_engine or {}))
+        agent = LoopbackAgent("prefill-0", engine.kv_pool.pages, self.network)
+        link: LoopbackLink[DecodeToPrefill, PrefillToDecode] = LoopbackLink(PREFILL, links, self.network)
+        links[PREFILL] = link
+        sender = Sender(
+            agent, link, Mailbox(nothing, nothing), engine.kv_pool.info(), transfer, peer_id="prefill-0", weight_version="default"
+        )
+        legs: dict[str, Leg] = {}
+        prefill_role = PrefillWorker.on(
+            engine,
+            PrefillOptions(chunked_prefill_tokens=chunk_tokens, prefix_cache=prefix_cache),
+            sender.mailbox,
+            sender,
+            Recorder(legs),
+            verify_rows=verify_rows,
+        )
+        self.prefill = Side(engine, prefill_role, Loop(engine, prefill_role, overlap=overlap), sender, legs)
+
+        engine = build_engine(model, options, chunked_prefill_tokens=0, **(decode_engine or {}))
+        decode_agent = LoopbackAgent(DECODE, engine.kv_pool.pages, self.network)
+        decode_link: LoopbackLink[PrefillToDecode, DecodeToPrefill] = LoopbackLink(DECODE, links, self.network)
+        links[DECODE] = decode_link
+        receiver = Receiver(
+            decode_agent,
+            decode_link,
+            Mailbox(nothing, nothing),
+            engine.kv_pool.info(),
+            transfer,
+            peer_id=DECODE,
+            weight_version="default",
+        )
+        legs = {}
+        decode_role = DecodeWorker.on(engine, receiver.mailbox, receiver, Recorder(legs), verify_rows=verify_rows)
+        self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, legs)
+        self.sides = (self.prefill, self.decode)
+
+    # ---------------------------------------------------------------------------------------- driving
+
+    def submit(self, rid: str, prompt: list[int], options: RequestOptions, *, decode_first: bool = False) -> None:
+        """Start both legs of one sample, in either order."""
+        bootstrap = Bootstrap(host="prefill", port=1, room=next(self._rooms))
+        self.prompts[rid] = prompt
+        message = Generate(rid=rid, input_ids=prompt, options=options, bootstrap=bootstrap)
+        for side in reversed(self.sides) if decode_first else self.sides:
+            side.legs[rid] = Leg()
+            side.role.handle(message)
+
+    def abort(self, rid: str) -> None:
+        """The client is gone: the router closes both legs."""
+        for side in self.sides:
+            side.role.handle(Abort(rid))
+
+    def turn(self) -> bool:
+        """One turn of everything; False when there was nothing to compute."""
+        busy = False
+        for side in self.sides:
+            side.endpoint.turn(self.now)
+            side.role.on_transfer_events()
+            busy |= side.loop.turn()
+        return busy
+
+    def settle(self, turns: int = 6) -> None:
+        """Turn until nothing has happened for a few turns."""
+        idle = 0
+        while idle < turns:
+            idle = 0 if self.turn() else idle + 1
+
+    def answer(self, rid: str) -> Answer:
+        """The merged reply of a request that both legs have ended."""
+        prefill, decode = self.prefill.legs[rid], self.decode.legs[rid]
+        assert prefill.finished is not None, prefill.failed
+        assert decode.finished is not None, decode.failed
+        header = prefill.finished.rows
+        start = header.start if isinstance(header, RowHeader) else 0
+        return Answer(self.prompts[rid], start, prefill, decode)
+
+    def run(self, requests: Iterable[tuple[list[int], RequestOptions]], *, concurrency: int = 16) -> list[Answer]:
+        """Run requests, at most `concurrency` at once, to their end; answers in order."""
+        queue = list(enumerate(requests))
+        open_rids: set[str] = set()
+        count = len(queue)
+        queue.reverse()
+        idle = 0
+        while queue or open_rids:
+            while queue and len(open_rids) < concurrency:
+                index, (prompt, options) = queue.pop()
+                self.submit(f"r{index}", prompt, options, decode_first=index % 2 == 1)
+                open_rids.add(f"r{index}")
+            idle = 0 if self.turn() else idle + 1
+            assert idle < 50, f"stuck: {sorted(open_rids)}"
+            open_rids = {rid for rid in open_rids if not all(side.legs[rid].ended for side in self.sides)}
+        self.settle()
+        return [self.answer(f"r{index}") for index in range(count)]
+
+    # ---------------------------------------------------------------------------------------- checks
+
+    def check_pages(self) -> None:
+        """Recount both pools: nothing running, nothing in quarantine, nothing leaked, no row of the table lost."""
+        for side in self.sides:
+            pages = side.role.stats(0).pages
+            assert pages.unaccounted == 0
+            assert pages.running == 0
+            assert pages.quarantined == 0
+            assert pages.free + pages.cached == pages.total
+            assert side.engine.table.num_free == side.engine.capacity.max_running_requests
+            assert side.endpoint.num_rooms == 0
+
+
+class Recorder:
+    """Takes the place of the frontend."""
+
+    def __init__(self, legs: dict[str, Leg]) -> None:
+        self._legs = legs
+
+    def __call__(self, message: EngineToFrontend, /, *frames: bytes | memoryview) -> None:
+        assert isinstance(message, Tokens | Finished | Failed)
+        leg = self._legs[message.rid]
+        assert not leg.ended, "a leg was answered twice"
+        match message:
+            case Tokens():
+                leg.tokens += message.token_ids
+            case Finished():
+                leg.finished = message
+                if message.rows is not None:
+                    leg.block = RowBlock(message.rows, bytes(frames[0]))
+            case Failed():
+                leg.failed = message
+
+
+def options_of(
+    max_new_tokens: int, *, rows: bool = True, start_len: int = 0, stream: bool = False, **sampling: Any
+) -> RequestOptions:
+    """Options of a test request, greedy unless told otherwise."""
+    sampling.setdefault("temperature", 0.0)
+    return RequestOptions(
+        sampling=SamplingParams(max_new_tokens=max_new_tokens, **sampling),
+        return_routed_experts=rows,
+        routed_experts_start_len=start_len,
+        stream=stream,
+    )

@@ -1,0 +1,125 @@
+"""What both ends of a transfer have in common: commands in, events out, and a thread that turns the crank.
+
+An endpoint is single-threaded inside: one thread calls `turn`, in production `TransferThread`'s, in tests the test's own. The
+engine's thread only calls `submit` and `events`, which are a deque each. NIXL's calls can take long (`transfer` may copy
+inline), so they never run in the engine's loop (R16).
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+from msgspec import Struct
+
+Inbound = TypeVar("Inbound")
+Outbound = TypeVar("Outbound", contravariant=True)
+Command = TypeVar("Command", bound=Struct)
+Event = TypeVar("Event", bound=Struct)
+Item = TypeVar("Item")
+
+IDLE_WAIT_S = 0.2
+"""Longest wait of an idle endpoint; messages and commands end it at once."""
+BUSY_WAIT_S = 0.0003
+"""Pause between two looks at NIXL, which has nothing to wait on, while rooms are open."""
+
+
+class Link(Protocol[Inbound, Outbound]):
+    """Control messages to and from peers; `common.wire` has the ones over ZMQ, `transfer.loopback` one without."""
+
+    def send(self, peer: str, message: Outbound) -> None:
+        """Queue a message to a peer; never blocks. A message to a peer that is gone is lost."""
+
+    def receive(self) -> list[tuple[str, Inbound]]:
+        """All messages that are here, with their senders."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a message is here, `wake` is called, or the time is up."""
+
+    def wake(self) -> None:
+        """End a `wait`; may be called by any thread."""
+
+    def close(self) -> None:
+        """Close the sockets."""
+
+
+class Mailbox(Generic[Command, Event]):
+    """The two deques between the engine's thread and the transfer's."""
+
+    def __init__(self, wake_transfer: Callable[[], None], wake_engine: Callable[[], None]) -> None:
+        self._commands: deque[Command] = deque()
+        self._events: deque[Event] = deque()
+        self._wake_transfer = wake_transfer
+        self._wake_engine = wake_engine
+
+    def submit(self, command: Command) -> None:
+        """Engine's thread: ask for something."""
+        self._commands.append(command)
+        self._wake_transfer()
+
+    def events(self) -> list[Event]:
+        """Engine's thread: what has happened since the last call."""
+        return _drain(self._events)
+
+    def commands(self) -> list[Command]:
+        """Transfer's thread: what was asked for since the last call."""
+        return _drain(self._commands)
+
+    def emit(self, event: Event) -> None:
+        """Transfer's thread: tell the engine."""
+        self._events.append(event)
+        self._wake_engine()
+
+
+class Endpoint(Protocol):
+    """A sender or a receiver."""
+
+    num_rooms: int
+
+    def turn(self, now: float) -> None:
+        """Handle all commands, messages, finished writes and deadlines that are due."""
+
+    def wait(self) -> None:
+        """Sleep until there may be something to do."""
+
+    def close(self) -> None:
+        """Close the sockets; the agent goes with the process."""
+
+
+class TransferThread:
+    """Runs an endpoint until stopped. An exception in it is kept for the engine to raise: a half-dead worker is worse than none."""
+
+    def __init__(self, endpoint: Endpoint, wake_engine: Callable[[], None]) -> None:
+        self._endpoint = endpoint
+        self._wake_engine = wake_engine
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
+        self.failure: BaseException | None = None
+
+    def start(self) -> None:
+        """Start turning."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> None:
+        """Stop turning and close the endpoint."""
+        self._stopping.set()
+        self._thread.join(timeout_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._endpoint.turn(time.monotonic())
+                self._endpoint.wait()
+        except Exception as error:  # noqa: BLE001  the top of a thread: the engine's loop raises it
+            self.failure = error
+            self._wake_engine()
+        finally:
+            self._endpoint.close()
+
+
+def _drain(queue: deque[Item]) -> list[Item]:
+    drained: list[Item] = []
+    while queue:
+        drained.append(queue.popleft())
+    return drained

@@ -1,0 +1,352 @@
+"""The prefill side of KV transfers: writes each prompt's pages into the peer's, chunk by chunk as they are computed.
+
+Two facts open a room, in either order: the own engine has the prompt (`OpenRoom`), and a decode worker wants it (`KvRequest`).
+From then on every page that `PagesReady` reports is written; `FinishRoom` brings the first token, and when the last write has
+completed the peer is told. A room ends with exactly one `RoomClosed` to the engine (if it had opened it) and one `KvDone` or
+`KvClosed` to the peer (if it had asked), both only after every posted write has completed: that is what makes pages safe to
+reuse on either side (R11).
+
+It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+from msgspec import Struct
+
+from common.errors import TransferError
+from common.messages import (
+    DecodeToPrefill,
+    FirstToken,
+    Hello,
+    HelloReply,
+    KvAbort,
+    KvClosed,
+    KvDone,
+    KvRequest,
+    PoolInfo,
+    PrefillToDecode,
+)
+from transfer.agent import TransferAgent, Write, WriteState
+from transfer.config import TransferOptions
+from transfer.endpoint import BUSY_WAIT_S, IDLE_WAIT_S, Link, Mailbox
+from transfer.handshake import refusal_of
+from transfer.plan import WriteTag
+from transfer.state import SenderState, advance
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------ commands and events
+
+
+class OpenRoom(Struct, frozen=True):
+    """The engine has a prompt whose KV will be wanted under this room."""
+
+    room: int
+    prompt_tokens: int
+    prompt_digest: bytes
+
+
+class PagesReady(Struct, frozen=True):
+    """Pages of the prompt that will not change any more, following those that were reported before."""
+
+    room: int
+    pages: list[int]
+
+
+class FinishRoom(Struct, frozen=True):
+    """All pages have been reported; this is the token that the prefill sampled."""
+
+    room: int
+    first_token: FirstToken
+
+
+class CancelRoom(Struct, frozen=True):
+    """The prefill leg has failed or its client is gone."""
+
+    room: int
+    error: str
+
+
+SenderCommand = OpenRoom | PagesReady | FinishRoom | CancelRoom
+
+
+class RoomClosed(Struct, frozen=True):
+    """No write reads the room's pages any more. `error` is None if the KV has arrived at the peer."""
+
+    room: int
+    error: str | None
+
+
+SenderMailbox = Mailbox[SenderCommand, RoomClosed]
+
+
+# ------------------------------------------------------------------------------------------------ the sender
+
+
+@dataclass(slots=True)
+class _Room:
+    state: SenderState
+    deadline: float = math.inf
+    # What the own engine has told.
+    opened: OpenRoom | None = None
+    ready_pages: list[int] = field(default_factory=list)
+    first_token: FirstToken | None = None
+    # What the peer has told.
+    peer: str | None = None
+    request: KvRequest | None = None
+    # How far it is.
+    num_posted_pages: int = 0
+    num_writes: int = 0
+    in_progress: list[Write] = field(default_factory=list)
+    # Why it drains.
+    error: str | None = None
+
+
+class Sender:
+    """The rooms of one prefill worker. Call it from one thread."""
+
+    def __init__(
+        self,
+        agent: TransferAgent,
+        link: Link[DecodeToPrefill, PrefillToDecode],
+        mailbox: SenderMailbox,
+        pool: PoolInfo,
+        options: TransferOptions,
+        *,
+        peer_id: str,
+        weight_version: str,
+    ) -> None:
+        self._agent = agent
+        self._link = link
+        self.mailbox = mailbox
+        self._pool = pool
+        self._options = options
+        self._peer_id = peer_id
+        self._weight_version = weight_version
+        self._peers: dict[str, PoolInfo] = {}
+        self._rooms: dict[int, _Room] = {}
+        self._tombstones: dict[int, float] = {}
+        self._now = 0.0
+        self.num_writes = 0
+        self.num_bytes = 0
+        self.num_dropped = 0
+
+    @property
+    def num_rooms(self) -> int:
+        """Rooms that are not closed yet."""
+        return len(self._rooms)
+
+    def turn(self, now: float) -> None:
+        """Handle what is due: commands, messages, finished writes, deadlines."""
+        self._now = now
+        for command in self.mailbox.commands():
+            self._on_command(command)
+        for peer, message in self._link.receive():
+            self._on_message(peer, message)
+        for room_id, room in list(self._rooms.items()):
+            self._progress(room_id, room)
+            if now >= room.deadline:
+                self._on_deadline(room_id, room)
+        while self._tombstones and (eldest := next(iter(self._tombstones))) and self._tombstones[eldest] <= now:
+            del self._tombstones[eldest]
+
+    def wait(self) -> None:
+        """Sleep until there may be something to do."""
+        writing = any(room.in_progress for room in self._rooms.values())
+        self._link.wait(BUSY_WAIT_S if writing else IDLE_WAIT_S)
+
+    def close(self) -> None:
+        """Close the control sockets."""
+        self._link.close()
+
+    # -------------------------------------------------------------------------------------------- own engine
+
+    def _on_command(self, command: SenderCommand) -> None:
+        room = self._rooms.get(command.room)
+        match command:
+            case OpenRoom():
+                self._open(command, room)
+            case CancelRoom() if room is not None:
+                self._drain(command.room, room, command.error)
+            case PagesReady() if room is not None:
+                room.ready_pages += command.pages
+            case FinishRoom() if room is not None:
+                room.first_token = command.first_token
+                room.deadline = self._now + self._options.lease_s
+            case _:
+                self.num_dropped += 1  # the room has closed meanwhile, and the engine will hear of it
+
+    def _open(self, command: OpenRoom, room: _Room | None) -> None:
+        if command.room in self._tombstones:
+            self.mailbox.emit(RoomClosed(command.room, "the decode side had given this room up"))
+        elif room is None:
+            self._rooms[command.room] = _Room(SenderState.OFFERED, opened=command)
+        elif room.opened is None:
+            room.opened, room.deadline = command, math.inf
+            self._match(command.room, room)
+        else:
+            self.mailbox.emit(RoomClosed(command.room, "this room is in use by another request"))
+
+    # -------------------------------------------------------------------------------------------- peers
+
+    def _on_message(self, peer: str, message: DecodeToPrefill) -> None:
+        match message:
+            case Hello():
+                self._link.send(peer, HelloReply(peer=self._peer_id, refusal=self._greet(peer, message)))
+            case KvRequest():
+                self._ask(peer, message)
+            case KvAbort():
+                self._abort(peer, message)
+
+    def _greet(self, peer: str, hello: Hello) -> str | None:
+        refusal = refusal_of(hello, self._pool, self._weight_version)
+        if refusal is None and hello.peer != peer:
+            refusal = f"it calls itself {hello.peer} and connects as {peer}"
+        if refusal is not None:
+            log.error("refused decode worker %s: %s", hello.peer, refusal)
+            return refusal
+        try:
+            self._agent.connect(hello.agent_metadata, hello.pool)
+        except TransferError as error:
+            return str(error)
+        self._peers[peer] = hello.pool
+        return None
+
+    def _ask(self, peer: str, request: KvRequest) -> None:
+        room = self._rooms.get(request.room)
+        if refusal := self._refusal(peer, request, room):
+            self._send_closed(peer, request.room, request.generation, refusal)
+        elif room is None:
+            deadline = self._now + self._options.lease_s
+            self._rooms[request.room] = _Room(SenderState.ASKED, deadline, peer=peer, request=request)
+        elif room.request is None:
+            room.peer, room.request = peer, request
+            self._match(request.room, room)
+        else:
+            self.num_dropped += 1  # a duplicate
+
+    def _refusal(self, peer: str, request: KvRequest, room: _Room | None) -> str | None:
+        pool = self._peers.get(peer)
+        if pool is None:
+            return "the prefill worker has no handshake with this decode worker"
+        if request.room in self._tombstones:
+            return "the prefill worker has closed this room"
+        if room is not None and room.peer not in (None, peer):
+            return "another decode worker has asked for this room"
+        if any(not 0 <= page < pool.num_pages for page in request.pages):
+            return "a target page is outside of the pool"
+        if len(request.pages) != -(-request.prompt_tokens // pool.page_size):
+            return f"{len(request.pages)} pages do not hold {request.prompt_tokens} tokens"
+        return None
+
+    def _abort(self, peer: str, abort: KvAbort) -> None:
+        room = self._rooms.get(abort.room)
+        if room is None or room.peer != peer or room.request is None or room.request.generation != abort.generation:
+            if room is None:
+                # Its KvRequest was answered already, or its prefill leg is still to come and shall do nothing.
+                self._bury(abort.room)
+            self._send_closed(peer, abort.room, abort.generation, None)
+        else:
+            self._drain(abort.room, room, "the decode side has given this room up")
+
+    def _send_closed(self, peer: str, room: int, generation: int, error: str | None) -> None:
+        self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage="transfer"))
+
+    # -------------------------------------------------------------------------------------------- rooms
+
+    def _match(self, room_id: int, room: _Room) -> None:
+        """Both sides are known: they must mean the same prompt."""
+        assert room.opened is not None
+        assert room.request is not None
+        room.state = advance(room.state, SenderState.SENDING)
+        offered = (room.opened.prompt_tokens, room.opened.prompt_digest)
+        asked = (room.request.prompt_tokens, room.request.prompt_digest)
+        if offered != asked:
+            message = (
+                f"the workers tokenised the prompt differently: {offered[0]} tokens on prefill, {asked[0]} on decode"
+            )
+            self._drain(room_id, room, message)
+
+    def _progress(self, room_id: int, room: _Room) -> None:
+        """Look at posted writes, post what has become ready, close the room when all is done."""
+        failed = False
+        still: list[Write] = []
+        for write in room.in_progress:
+            state = self._agent.poll(write)
+            failed |= state is WriteState.FAILED
+            if state is WriteState.IN_PROGRESS:
+                still.append(write)
+        room.in_progress = still
+        if failed:
+            self._drain(room_id, room, "a KV write failed: the decode worker is gone or refused it")
+        elif room.state is SenderState.SENDING:
+            self._post(room_id, room)
+        sent = room.state is SenderState.SENDING and room.first_token is not None
+        if not room.in_progress and (sent or room.state is SenderState.DRAINING):
+            self._close(room_id, room)
+
+    def _post(self, room_id: int, room: _Room) -> None:
+        assert room.request is not None
+        assert room.peer is not None
+        begin, end = room.num_posted_pages, len(room.ready_pages)
+        if begin == end:
+            return
+        tag = WriteTag(room_id, room.request.generation, room.num_writes).encode()
+        try:
+            write = self._agent.write(room.peer, room.ready_pages[begin:end], room.request.pages[begin:end], tag)
+        except TransferError as error:
+            self._drain(room_id, room, str(error))
+            return
+        room.num_posted_pages = end
+        room.num_writes += 1
+        room.in_progress.append(write)
+        self.num_writes += 1
+        self.num_bytes += write.num_bytes
+
+    def _drain(self, room_id: int, room: _Room, error: str) -> None:
+        """Post no more; close at once if nothing is in progress, else when it has completed."""
+        room.error = room.error or error
+        room.deadline = math.inf
+        if room.in_progress:
+            if room.state is not SenderState.DRAINING:
+                room.state = advance(room.state, SenderState.DRAINING)
+        else:
+            self._close(room_id, room)
+
+    def _close(self, room_id: int, room: _Room) -> None:
+        if room.state is SenderState.CLOSED:
+            return
+        room.state = advance(room.state, SenderState.CLOSED)
+        if room.request is not None and room.peer is not None:
+            generation = room.request.generation
+            if room.error is None:
+                assert room.first_token is not None
+                assert room.num_posted_pages == len(room.request.pages), "the engine has not reported every page"
+                done = KvDone(
+                    room=room_id, generation=generation, num_writes=room.num_writes, first_token=room.first_token
+                )
+                self._link.send(room.peer, done)
+            else:
+                self._send_closed(room.peer, room_id, generation, room.error)
+        if room.opened is not None:
+            self.mailbox.emit(RoomClosed(room_id, room.error))
+        del self._rooms[room_id]
+        self._bury(room_id)
+
+    def _bury(self, room_id: int) -> None:
+        """Remember a closed room for longer than any lease: a late message or a late start of it does nothing."""
+        self._tombstones[room_id] = self._now + 2 * self._options.lease_s
+
+    def _on_deadline(self, room_id: int, room: _Room) -> None:
+        match room.state:
+            case SenderState.OFFERED:
+                self._drain(room_id, room, f"no decode worker asked for the KV within {self._options.lease_s:g} s")
+            case SenderState.ASKED:
+                self._drain(room_id, room, f"the prefill leg did not arrive within {self._options.lease_s:g} s")
+            case SenderState.SENDING:
+                self._drain(room_id, room, f"the KV writes took more than {self._options.lease_s:g} s")
+            case SenderState.DRAINING | SenderState.CLOSED:
+                pass
