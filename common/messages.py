@@ -121,6 +121,8 @@ class ErrorReport(Struct, frozen=True, kw_only=True):
         cls, error: Exception, *, leg: str | None = None, stage: str | None = None, rid: str | None = None
     ) -> "ErrorReport":
         """Describe `error`; what the error itself says of leg and stage wins."""
+        if isinstance(error, ReportedError):
+            return error.report
         if isinstance(error, RequestFailed):
             leg, stage = error.leg or leg, error.stage or stage
         if isinstance(error, RequestFailed | RequestError):
@@ -128,6 +130,14 @@ class ErrorReport(Struct, frozen=True, kw_only=True):
         status = 502 if isinstance(error, TandemError) else 500
         message = str(error) if isinstance(error, TandemError) else f"internal error: {type(error).__name__}: {error}"
         return cls(status=status, message=message, code="internal", leg=leg, stage=stage, rid=rid)
+
+
+class ReportedError(TandemError):
+    """A failure that came from another process, or is ready for the client: the report says all of it."""
+
+    def __init__(self, report: ErrorReport) -> None:
+        super().__init__(report.message)
+        self.report = report
 
 
 # ------------------------------------------------------------------------------------------------ frontend -> engine

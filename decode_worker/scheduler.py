@@ -40,10 +40,10 @@ class DecodeScheduler:
             admitted.append(request)
         return admitted
 
-    def start(self, request: Request) -> None:
-        """Let a request take part in steps: the KV of its prompt is here, and so is its first token."""
+    def start(self, request: Request, *, computed_tokens: int) -> None:
+        """Let a request take part in steps: the KV of its first `computed_tokens` positions is here."""
         request.advance(RequestState.RUNNING)
-        request.planned_tokens = request.computed_tokens = request.num_prompt_tokens
+        request.planned_tokens = request.computed_tokens = computed_tokens
         self.running.append(request)
 
     def plan(self) -> StepPlan | None:

@@ -9,7 +9,7 @@ from typing import assert_never
 
 from common.engine.engine import Engine
 from common.engine.loop import Reply
-from common.engine.stats import TransferCounters, make_stats
+from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import StepResult
 from common.errors import RequestError, RowsError
 from common.messages import (
@@ -84,14 +84,15 @@ class DecodeWorker:
                 assert_never(message)
 
     def _start(self, message: Generate) -> None:
-        assert message.bootstrap is not None, "the frontend refuses a decode request without a room"
-        room = message.bootstrap.room
-        if room in self._rooms:
-            error = RequestError("bootstrap_room", f"room {room} is in use by another request")
-            self._reply(Failed(message.rid, ErrorReport.of(error, leg="decode", rid=message.rid)))
-            return
         request = Request.of(message)
-        self._requests[message.rid] = self._rooms[room] = request
+        if message.bootstrap is not None:
+            room = message.bootstrap.room
+            if room in self._rooms:
+                error = RequestError("bootstrap_room", f"room {room} is in use by another request")
+                self._reply(Failed(message.rid, ErrorReport.of(error, leg="decode", rid=message.rid)))
+                return
+            self._rooms[room] = request
+        self._requests[message.rid] = request
         self._scheduler.add(request)
 
     # -------------------------------------------------------------------------------------------- transfer
@@ -116,12 +117,16 @@ class DecodeWorker:
             return
         request.timings["pd_transfer_duration"] = event.seconds
         request.timings["pd_transfer_total_mb"] = event.num_bytes / 1e6
-        self._scheduler.start(request)
+        self._scheduler.start(request, computed_tokens=request.num_prompt_tokens)
         self._take_token(request, event.first_token.token_id, event.first_token.logprob)
 
     def _fetch(self, request: Request) -> None:
         bootstrap = request.message.bootstrap
-        assert bootstrap is not None
+        if bootstrap is None:
+            # The frontend's health check: one token, computed here as any generated one is.
+            assert request.num_prompt_tokens == 1, "only a prefill worker computes prompts"
+            self._scheduler.start(request, computed_tokens=0)
+            return
         num_prompt_pages = -(-request.num_prompt_tokens // self._engine.capacity.page_size)
         self._mailbox.submit(
             ReceiveKv(
@@ -213,19 +218,19 @@ class DecodeWorker:
     def _let_go(self, request: Request, *, quiet: bool) -> None:
         """Give back what nothing touches any more; `quiet` says that no peer writes into the pages."""
         bootstrap = request.message.bootstrap
-        assert bootstrap is not None
         if request.steps_in_flight > 0:
             if request.state is not RequestState.SURPLUS:
                 request.advance(RequestState.SURPLUS)
             return
         self._seats.give_back_row(request)
-        if not quiet:
+        if not quiet and bootstrap is not None:
             request.advance(RequestState.QUARANTINED)
             self._mailbox.submit(CancelKv(bootstrap.room))
             return
         self._seats.give_back_pages(request)
         request.advance(RequestState.ENDED)
-        del self._rooms[bootstrap.room]
+        if bootstrap is not None:
+            del self._rooms[bootstrap.room]
 
     # -------------------------------------------------------------------------------------------- statistics
 

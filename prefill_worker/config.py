@@ -11,8 +11,12 @@ from transfer.config import TransferOptions
 class PrefillOptions(Struct, frozen=True, kw_only=True):
     """What only a prefill worker has."""
 
-    chunked_prefill_tokens: Annotated[int, option("tokens of one step at most, over all prompts", unit="tokens", ge=1)] = 8192
-    bootstrap_host: Annotated[str, option("address that the control socket for decode workers listens on")] = "127.0.0.1"
+    chunked_prefill_tokens: Annotated[
+        int, option("tokens of one step at most, over all prompts", unit="tokens", ge=1)
+    ] = 8192
+    bootstrap_host: Annotated[str, option("address that the control socket for decode workers listens on")] = (
+        "127.0.0.1"
+    )
     bootstrap_port: Annotated[int, option("port of that socket", ge=1, le=65535)] = 8998
     prefix_cache: Annotated[bool, option("keep prompts' KV and rows for later prompts that begin alike")] = True
 

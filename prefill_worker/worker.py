@@ -9,7 +9,7 @@ from typing import assert_never
 
 from common.engine.engine import Engine
 from common.engine.loop import Reply
-from common.engine.stats import TransferCounters, make_stats
+from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Outcome, StepResult
 from common.errors import LegFailed, RequestError, RowsError
 from common.memory.prefix_cache import PrefixCache

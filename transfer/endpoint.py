@@ -13,6 +13,8 @@ from typing import Generic, Protocol, TypeVar
 
 from msgspec import Struct
 
+from common.errors import TransferError
+
 Inbound = TypeVar("Inbound")
 Outbound = TypeVar("Outbound", contravariant=True)
 Command = TypeVar("Command", bound=Struct)
@@ -75,8 +77,6 @@ class Mailbox(Generic[Command, Event]):
 class Endpoint(Protocol):
     """A sender or a receiver."""
 
-    num_rooms: int
-
     def turn(self, now: float) -> None:
         """Handle all commands, messages, finished writes and deadlines that are due."""
 
@@ -95,11 +95,16 @@ class TransferThread:
         self._wake_engine = wake_engine
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
-        self.failure: BaseException | None = None
+        self._failure: Exception | None = None
 
     def start(self) -> None:
         """Start turning."""
         self._thread.start()
+
+    def check(self) -> None:
+        """Engine's thread: raise what has ended the transfer's thread, if anything has."""
+        if self._failure is not None:
+            raise TransferError("the transfer thread has failed") from self._failure
 
     def stop(self, timeout_s: float) -> None:
         """Stop turning and close the endpoint."""
@@ -112,7 +117,7 @@ class TransferThread:
                 self._endpoint.turn(time.monotonic())
                 self._endpoint.wait()
         except Exception as error:  # noqa: BLE001  the top of a thread: the engine's loop raises it
-            self.failure = error
+            self._failure = error
             self._wake_engine()
         finally:
             self._endpoint.close()

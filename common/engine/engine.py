@@ -3,6 +3,8 @@
 It knows no role, no queue, no network: a worker's scheduler decides what a plan holds, `common.engine.loop` when it runs.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from common.config import EngineOptions, ModelOptions
@@ -82,22 +84,26 @@ class Engine:
         )
 
 
+class EngineParts(NamedTuple):
+    """The replaceable parts of an engine; tests put in ones that misbehave, to show that the checks can fail."""
+
+    device: Device | None = None
+    """None: the one that the options name."""
+    engine: type[Engine] = Engine
+    capturer: type[RoutedExpertsCapturer] = RoutedExpertsCapturer
+    host_cache: type[HostCache] = HostCache
+
+
 def build_engine(
     model_options: ModelOptions,
     options: EngineOptions,
     *,
     chunked_prefill_tokens: int,
-    device: Device | None = None,
-    engine_type: type[Engine] = Engine,
-    capturer_type: type[RoutedExpertsCapturer] = RoutedExpertsCapturer,
-    host_cache_type: type[HostCache] = HostCache,
+    parts: EngineParts = EngineParts(),
 ) -> Engine:
-    """Load the model and allocate all memory. The types can be replaced by ones that misbehave, to show that checks can fail.
-
-    Raises UsageError or CheckpointError for what the operator can mend.
-    """
+    """Load the model and allocate all memory. Raises UsageError or CheckpointError for what the operator can mend."""
     config = load_model_config(resolve_checkpoint(model_options.model))
-    device = device or open_device(options)
+    device = parts.device or open_device(options)
     model = build_model(config, model_options, device.torch_device)
     dtype = resolve_dtype(config, model_options)
     layout = KvLayout(
@@ -123,14 +129,14 @@ def build_engine(
         budget_bytes=device.pool_budget_bytes(options.memory_fraction),
     )
     allocator = PageAllocator(capacity.num_pages)
-    return engine_type(
+    return parts.engine(
         model=model,
         config=config,
         capacity=capacity,
         device=device,
         kv_pool=KvPool(layout, capacity.num_pages, device.torch_device, dtype),
         allocator=allocator,
-        capturer=capturer_type(rows, capacity.max_step_tokens, device.torch_device),
-        host_cache=host_cache_type(rows, allocator.generations, options.page_size),
+        capturer=parts.capturer(rows, capacity.max_step_tokens, device.torch_device),
+        host_cache=parts.host_cache(rows, allocator.generations, options.page_size),
         weight_version=model_options.weight_version,
     )

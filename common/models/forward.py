@@ -37,7 +37,7 @@ class MoeModel(Protocol):
     """A causal language model with MoE layers."""
 
     def __call__(self, batch: ForwardBatch, kv_pool: KvPool) -> torch.Tensor:
-        """Run the layers, store the step's keys and values, record the routing; returns hidden states `[T, D]` after the final norm."""
+        """Run the layers, store keys and values, record the routing; returns hidden states `[T, D]` after the final norm."""
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Project hidden states to float32 logits `[S, V]`."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.engine import Engine, build_engine
+from common.engine.engine import Engine, EngineParts, build_engine
 from common.engine.loop import Loop, Role
 from common.messages import (
     Abort,
@@ -106,8 +106,7 @@ class InProcessPair:
         verify_rows: bool = True,
         faults: FaultPolicy = no_faults,
         transfer: TransferOptions = TransferOptions(),
-        prefill_engine: dict[str, Any] | None = None,
-        decode_engine: dict[str, Any] | None = None,
+        parts: EngineParts = EngineParts(),
     ) -> None:
         model = ModelOptions(model=str(checkpoint))
         options = EngineOptions(
@@ -124,12 +123,18 @@ class InProcessPair:
         self.prompts: dict[str, list[int]] = {}
         links: dict[str, Any] = {}
 
-        engine = build_engine(model, options, chunked_prefill_tokens=chunk_tokens, **(prefill_engine or {}))
+        engine = build_engine(model, options, chunked_prefill_tokens=chunk_tokens, parts=parts)
         agent = LoopbackAgent("prefill-0", engine.kv_pool.pages, self.network)
         link: LoopbackLink[DecodeToPrefill, PrefillToDecode] = LoopbackLink(PREFILL, links, self.network)
         links[PREFILL] = link
         sender = Sender(
-            agent, link, Mailbox(nothing, nothing), engine.kv_pool.info(), transfer, peer_id="prefill-0", weight_version="default"
+            agent,
+            link,
+            Mailbox(nothing, nothing),
+            engine.kv_pool.info(),
+            transfer,
+            peer_id="prefill-0",
+            weight_version="default",
         )
         legs: dict[str, Leg] = {}
         prefill_role = PrefillWorker.on(
@@ -142,7 +147,7 @@ class InProcessPair:
         )
         self.prefill = Side(engine, prefill_role, Loop(engine, prefill_role, overlap=overlap), sender, legs)
 
-        engine = build_engine(model, options, chunked_prefill_tokens=0, **(decode_engine or {}))
+        engine = build_engine(model, options, chunked_prefill_tokens=0, parts=parts)
         decode_agent = LoopbackAgent(DECODE, engine.kv_pool.pages, self.network)
         decode_link: LoopbackLink[PrefillToDecode, DecodeToPrefill] = LoopbackLink(DECODE, links, self.network)
         links[DECODE] = decode_link

@@ -1,11 +1,31 @@
-"""What an engine says of itself: gauges, counters, and a recount of its pages from their owners."""
+"""What an engine says of itself: its limits at start, and later gauges, counters, and a recount of its pages."""
 
 from collections.abc import Iterable
 from typing import Protocol
 
 from common.engine.engine import Engine
-from common.messages import PageCounts, Stats
+from common.messages import EngineReady, PageCounts, Stats
 from common.scheduling.request import RequestState
+
+
+def describe(engine: Engine) -> EngineReady:
+    """Say what the engine serves, and the limits that requests are checked against."""
+    config, capacity = engine.config, engine.capacity
+    return EngineReady(
+        model_type=config.model_type,
+        dtype=engine.kv_pool.layout.dtype,
+        device=str(engine.kv_pool.pages.device),
+        vocab_size=config.vocab_size,
+        context_tokens=capacity.context_tokens,
+        kv_pool_tokens=capacity.kv_pool_tokens,
+        page_size=capacity.page_size,
+        num_hidden_layers=config.num_hidden_layers,
+        moe_layer_ids=config.moe_layer_ids,
+        num_experts=config.num_experts,
+        top_k=config.top_k,
+        max_running_requests=capacity.max_running_requests,
+        weight_version=engine.weight_version,
+    )
 
 
 class TransferCounters(Protocol):

@@ -1,0 +1,114 @@
+"""A worker's frontend process: the HTTP server, the tokenizer, and one engine process below it.
+
+It starts the engine as a child and is the engine's only client. When the engine ends, whatever the reason, the open requests
+fail, and so does this process: a worker without an engine is no worker. Both roles run this; what differs is in the arguments.
+"""
+
+import asyncio
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvloop
+from msgspec import Struct
+
+from common.config import ModelOptions, ServerOptions, to_flags
+from common.messages import Leg
+from common.models.config import resolve_checkpoint
+from common.observability.logging import configure_logging
+from common.process import EXIT_USAGE, ensure_port_free, spawn_async
+from common.server.app import WorkerApp
+from common.server.engine_client import EngineClient
+from common.server.http import start_server, stop_on_signals
+from common.server.tokenizer import Tokenizer
+from common.wire import FrontendChannel
+
+log = logging.getLogger(__name__)
+
+
+class WorkerConfig(Protocol):
+    """What the frontend reads of a role's config."""
+
+    @property
+    def model(self) -> ModelOptions:
+        """Which model."""
+
+    @property
+    def server(self) -> ServerOptions:
+        """Where to listen."""
+
+
+def run_frontend(leg: Leg, config: WorkerConfig, *, engine_module: str, bootstrap_port: int | None = None) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code. The engine is `python -m engine_module ENDPOINT flags...`.
+
+    Raises UsageError for what the operator can mend.
+    """
+    configure_logging(leg, config.server.log_level)
+    ensure_port_free(config.server.host, config.server.port)
+    tokenizer = Tokenizer(resolve_checkpoint(config.model.model, weights=False))
+    return uvloop.run(_serve(leg, config, tokenizer, engine_module, bootstrap_port))
+
+
+async def _serve(
+    leg: Leg, config: WorkerConfig, tokenizer: Tokenizer, engine_module: str, bootstrap_port: int | None
+) -> int:
+    stop = stop_on_signals()
+    with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
+        endpoint = f"ipc://{Path(folder) / 'engine'}"
+        channel = FrontendChannel(endpoint)
+        engine = EngineClient(channel)
+        assert isinstance(config, Struct)
+        process = await spawn_async(engine_module, [endpoint, *to_flags(config)])
+        receiving = asyncio.create_task(engine.run())
+        exited = asyncio.create_task(process.wait())
+        stopping = asyncio.create_task(stop.wait())
+        try:
+            beginnings: list[asyncio.Future[Any]] = [engine.ready, exited, stopping, receiving]
+            await asyncio.wait(beginnings, return_when=asyncio.FIRST_COMPLETED)
+            if engine.ready.done():
+                app = WorkerApp(
+                    leg,
+                    engine,
+                    engine.ready.result(),
+                    tokenizer,
+                    config.model,
+                    config.server,
+                    bootstrap_port=bootstrap_port,
+                )
+                await _run_until_end(app, config, engine, {exited, stopping, receiving})
+            if receiving.done():
+                receiving.result()
+            if stopping.done():
+                engine.shut_down()
+                return 0
+            code = await exited
+            log.error("the engine process has ended with exit code %d", code)
+            return EXIT_USAGE if code == EXIT_USAGE else 1
+        finally:
+            await _end_engine(process, exited, config.server.shutdown_deadline_s)
+            for task in (receiving, stopping):
+                task.cancel()
+            channel.close()
+
+
+async def _run_until_end(
+    app: WorkerApp, config: WorkerConfig, engine: EngineClient, ends: "set[asyncio.Task[Any]]"
+) -> None:
+    runner = await start_server(app.application(), config.server)
+    try:
+        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if isinstance(task.result(), int):
+                engine.fail("the engine process has ended")
+    finally:
+        await runner.cleanup()
+
+
+async def _end_engine(process: asyncio.subprocess.Process, exited: "asyncio.Task[int]", deadline_s: float) -> None:
+    """Wait for the engine to obey `Shutdown`, or kill it."""
+    if process.returncode is None:
+        done, _ = await asyncio.wait({exited}, timeout=deadline_s)
+        if not done:
+            process.kill()
+            await exited

@@ -1,0 +1,87 @@
+"""What every HTTP process does alike: errors as the contract's bodies, several samples at once, and serving until a signal.
+
+Neighbours: `common.server.app` and `router.app`, which differ in everything else. It reaches no torch and no tokenizer, so
+that the router may use it.
+"""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine, Sequence
+from typing import TypeVar
+
+import aiohttp
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from common.config import ServerOptions
+from common.errors import TandemError
+from common.messages import ErrorReport, Leg
+from common.protocol.replies import error_body
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+def answer_errors(leg: Leg | None = None) -> Middleware:
+    """Make the middleware that gives every refusal and every defect the contract's body: nothing goes unanswered."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            code = "not_found" if error.status == 404 else "invalid_request"
+            report = ErrorReport(status=error.status, message=error.text or error.reason, code=code, leg=leg)
+        except aiohttp.ClientConnectionResetError:
+            raise  # the client is gone: there is nobody to answer
+        except TandemError as error:
+            report = ErrorReport.of(error, leg=leg)
+            log.warning("request %s failed with %d: %s", report.rid, report.status, report.message)
+        except Exception as error:
+            log.exception("a defect at %s", request.path)
+            report = ErrorReport.of(error, leg=leg)
+        return error_response(report)
+
+    return middleware
+
+
+def error_response(report: ErrorReport) -> web.Response:
+    """Write an error reply."""
+    return web.Response(status=report.status, body=error_body(report), content_type="application/json")
+
+
+async def together(coroutines: Sequence[Coroutine[None, None, Result]]) -> list[Result]:
+    """Run all of them and return their results in order; raises the first failure once the others are cancelled."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(coroutine) for coroutine in coroutines]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return [task.result() for task in tasks]
+
+
+def stop_on_signals() -> asyncio.Event:
+    """Make an event that SIGTERM and SIGINT set, for the running event loop."""
+    stop = asyncio.Event()
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signal_number, stop.set)
+    return stop
+
+
+async def start_server(app: web.Application, options: ServerOptions) -> web.AppRunner:
+    """Listen; the caller cleans the runner up, which lets running requests end within the shutdown deadline."""
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        # A client that leaves must cancel its handler, or its request would run on for nobody.
+        handler_cancellation=True,
+        shutdown_timeout=options.shutdown_deadline_s,
+    )
+    await runner.setup()
+    await web.TCPSite(runner, options.host, options.port, backlog=1024).start()
+    log.info("listening on http://%s:%d", options.host, options.port)
+    return runner

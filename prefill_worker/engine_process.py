@@ -1,0 +1,57 @@
+"""The prefill worker's engine process: `python -m prefill_worker.engine_process ENDPOINT flags...`, started by the frontend.
+
+Two threads: the engine's loop in the main one, the transfer in its own.
+"""
+
+from common.engine.engine import EngineParts, build_engine
+from common.engine.loop import Loop, serve
+from common.engine.reports import describe
+from common.ids import new_peer_id
+from common.messages import DecodeToPrefill, PrefillToDecode
+from common.observability.logging import configure_logging
+from common.process import run_main
+from common.wire import ControlListener, EngineChannel
+from prefill_worker.process import read_config
+from prefill_worker.worker import PrefillWorker
+from transfer.agent import NixlAgent
+from transfer.endpoint import Mailbox, TransferThread
+from transfer.sender import Sender
+
+
+def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
+    """Load the model, then serve the frontend until it says `Shutdown`."""
+    endpoint, *flags = argv
+    config = read_config(flags)
+    configure_logging("prefill/engine", config.server.log_level)
+    link: ControlListener[DecodeToPrefill, PrefillToDecode] = ControlListener(
+        config.prefill.bootstrap_host, config.prefill.bootstrap_port, DecodeToPrefill
+    )
+    channel = EngineChannel(endpoint)
+    engine = build_engine(
+        config.model, config.engine, chunked_prefill_tokens=config.prefill.chunked_prefill_tokens, parts=parts
+    )
+    peer_id, pool = new_peer_id("prefill"), engine.kv_pool.info()
+    sender = Sender(
+        NixlAgent(peer_id, pool),
+        link,
+        Mailbox(link.wake, channel.wake),
+        pool,
+        config.transfer,
+        peer_id=peer_id,
+        weight_version=engine.weight_version,
+    )
+    worker = PrefillWorker.on(
+        engine, config.prefill, sender.mailbox, sender, channel.send, verify_rows=config.engine.verify_rows
+    )
+    transfer = TransferThread(sender, channel.wake)
+    transfer.start()
+    channel.send(describe(engine))
+    try:
+        serve(channel, Loop(engine, worker, overlap=config.engine.overlap), worker, transfer.check)
+    finally:
+        transfer.stop(config.server.shutdown_deadline_s)
+        channel.close()
+
+
+if __name__ == "__main__":
+    run_main(main)

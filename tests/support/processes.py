@@ -1,0 +1,49 @@
+"""Waiting for processes without sleeping: until one is gone, until it has printed a line; each with a deadline."""
+
+import os
+import re
+import select
+import signal
+import subprocess
+from pathlib import Path
+
+DEADLINE_S = 60.0
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Watched:
+    """A process that need not be our child, watched from before whatever is about to end it."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._fd = os.pidfd_open(pid)
+
+    def wait_gone(self, deadline_s: float = DEADLINE_S) -> None:
+        """Return once the process has ended; the system tells us, whoever its parent is by then."""
+        try:
+            readable, _, _ = select.select([self._fd], [], [], deadline_s)
+            assert readable, f"process {self.pid} is still there after {deadline_s} s"
+        finally:
+            os.close(self._fd)
+
+
+def read_line(process: subprocess.Popen[bytes], deadline_s: float = DEADLINE_S) -> str:
+    """One line of the process's stdout; "" if it has closed it instead. stdout must be an unbuffered pipe."""
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], deadline_s)
+    assert readable, f"no line on stdout within {deadline_s} s"
+    return process.stdout.readline().decode().rstrip("\n")
+
+
+def started_pids(log: str) -> dict[str, int]:
+    """The children that the launcher has named in its log."""
+    return {name: int(pid) for name, pid in re.findall(r"started (\S+), pid (\d+)", log)}
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Make sure that a test leaves nothing behind, also when it fails."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
