@@ -14,6 +14,7 @@ from common.engine.step import StepResult
 from common.errors import RequestError, RowsError
 from common.messages import (
     Abort,
+    Bootstrap,
     ErrorReport,
     Failed,
     Finished,
@@ -131,7 +132,7 @@ class DecodeWorker:
         self._mailbox.submit(
             ReceiveKv(
                 room=bootstrap.room,
-                source=f"{bootstrap.host}:{bootstrap.port}",
+                source=_source_of(bootstrap),
                 pages=request.pages[:num_prompt_pages],
                 prompt_tokens=request.num_prompt_tokens,
                 prompt_digest=prompt_digest(request.prompt),
@@ -213,6 +214,9 @@ class DecodeWorker:
         """The request has been answered, or nobody waits for an answer; it keeps only what is still in use."""
         del self._requests[request.rid]
         self._scheduler.remove(request)
+        bootstrap = request.message.bootstrap
+        if bootstrap is not None and request.state in (RequestState.QUEUED, RequestState.RECEIVING):
+            self._mailbox.submit(CancelKv(bootstrap.room, _source_of(bootstrap)))
         self._let_go(request, quiet=request.state is not RequestState.RECEIVING)
 
     def _let_go(self, request: Request, *, quiet: bool) -> None:
@@ -223,9 +227,8 @@ class DecodeWorker:
                 request.advance(RequestState.SURPLUS)
             return
         self._seats.give_back_row(request)
-        if not quiet and bootstrap is not None:
+        if not quiet:
             request.advance(RequestState.QUARANTINED)
-            self._mailbox.submit(CancelKv(bootstrap.room))
             return
         self._seats.give_back_pages(request)
         request.advance(RequestState.ENDED)
@@ -244,3 +247,8 @@ class DecodeWorker:
             running_requests=len(self._scheduler.running),
             rows_refused=self._num_rows_refused,
         )
+
+
+def _source_of(bootstrap: Bootstrap) -> str:
+    """The address of the prefill worker's control socket."""
+    return f"{bootstrap.host}:{bootstrap.port}"

@@ -69,7 +69,10 @@ class NixlAgent:
     """NIXL over UCX: NVLink or RDMA between GPUs, shared memory or TCP between hosts' memories."""
 
     def __init__(self, peer: str, pool: PoolInfo) -> None:
-        self._agent = nixl.nixl_agent(peer, nixl.nixl_agent_config(backends=["UCX"]))
+        # NIXL's progress thread spins on a core of its own, idle or not; `poll` and `arrivals` make progress as well, and
+        # are called as long as anything is expected.
+        config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self._agent = nixl.nixl_agent(peer, config)
         self._pool = pool
         size = pool.num_pages * pool.page_bytes
         self._agent.register_memory([(pool.base_address, size, pool.device_id, "kv_pool")], pool.memory)

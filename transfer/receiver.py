@@ -49,9 +49,10 @@ class ReceiveKv(Struct, frozen=True, kw_only=True):
 
 
 class CancelKv(Struct, frozen=True):
-    """The request is over; say when its pages are quiet."""
+    """The request is over. If its pages were offered, say when they are quiet; if not, let the prefill worker know at least."""
 
     room: int
+    source: str
 
 
 ReceiverCommand = ReceiveKv | CancelKv
@@ -146,7 +147,7 @@ class Receiver:
                 case ReceiveKv():
                     self._request(command)
                 case CancelKv():
-                    self._cancel(command.room)
+                    self._cancel(command)
         if self._rooms:
             for _, tag in self._agent.arrivals():
                 self._on_landed(tag)
@@ -191,12 +192,14 @@ class Receiver:
         )
         self._link.send(command.source, request)
 
-    def _cancel(self, room_id: int) -> None:
-        room = self._rooms.get(room_id)
-        if room is None or room.state is not ReceiverState.REQUESTED:
-            return  # it has just arrived, or is closing already: its last event is on the way
-        room.state = advance(room.state, ReceiverState.ABORTING)
-        self._send_abort(room_id, room)
+    def _cancel(self, command: CancelKv) -> None:
+        room = self._rooms.get(command.room)
+        if room is None:
+            # Never asked for, or just arrived: nobody waits for an answer.
+            self._link.send(command.source, KvAbort(room=command.room, generation=0))
+        elif room.state is ReceiverState.REQUESTED:
+            room.state = advance(room.state, ReceiverState.ABORTING)
+            self._send_abort(command.room, room)
 
     def _send_abort(self, room_id: int, room: _Room) -> None:
         self._link.send(room.source, KvAbort(room=room_id, generation=room.generation))

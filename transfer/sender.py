@@ -37,6 +37,8 @@ from transfer.state import SenderState, advance
 
 log = logging.getLogger(__name__)
 
+_GIVEN_UP = "the decode side has given this room up"
+
 
 # ------------------------------------------------------------------------------------------------ commands and events
 
@@ -103,6 +105,11 @@ class _Room:
     in_progress: list[Write] = field(default_factory=list)
     # Why it drains.
     error: str | None = None
+
+    @property
+    def generation(self) -> int | None:
+        """The generation that the peer has asked with."""
+        return None if self.request is None else self.request.generation
 
 
 class Sender:
@@ -181,7 +188,7 @@ class Sender:
 
     def _open(self, command: OpenRoom, room: _Room | None) -> None:
         if command.room in self._tombstones:
-            self.mailbox.emit(RoomClosed(command.room, "the decode side had given this room up"))
+            self.mailbox.emit(RoomClosed(command.room, _GIVEN_UP))
         elif room is None:
             self._rooms[command.room] = _Room(SenderState.OFFERED, opened=command)
         elif room.opened is None:
@@ -244,13 +251,15 @@ class Sender:
 
     def _abort(self, peer: str, abort: KvAbort) -> None:
         room = self._rooms.get(abort.room)
-        if room is None or room.peer != peer or room.request is None or room.request.generation != abort.generation:
-            if room is None:
-                # Its KvRequest was answered already, or its prefill leg is still to come and shall do nothing.
-                self._bury(abort.room)
-            self._send_closed(peer, abort.room, abort.generation, None)
-        else:
-            self._drain(abort.room, room, "the decode side has given this room up")
+        if room is not None and (room.peer, room.generation) == (peer, abort.generation):
+            self._drain(abort.room, room, _GIVEN_UP)  # closing answers it
+            return
+        if room is None:
+            # Its KvRequest was answered already, or its prefill leg is still to come and shall do nothing.
+            self._bury(abort.room)
+        elif room.request is None:
+            self._drain(abort.room, room, _GIVEN_UP)  # given up before it was asked for
+        self._send_closed(peer, abort.room, abort.generation, None)
 
     def _send_closed(self, peer: str, room: int, generation: int, error: str | None) -> None:
         self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage="transfer"))

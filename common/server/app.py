@@ -8,13 +8,23 @@ a client that leaves cancels its handler, and leaving `EngineClient.generate` ab
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from aiohttp import web
 
 from common.config import ModelOptions, ServerOptions
-from common.errors import DeadlineExceeded, RequestError
+from common.errors import DeadlineExceeded, RequestError, TandemError
 from common.ids import new_rid
-from common.messages import EngineReady, Failed, Generate, Leg, ReportedError, RequestOptions, SamplingParams
+from common.messages import (
+    EngineReady,
+    ErrorReport,
+    Failed,
+    Generate,
+    Leg,
+    ReportedError,
+    RequestOptions,
+    SamplingParams,
+)
 from common.observability.metrics import render_stats
 from common.protocol.generate import GenerateCall, Sample, parse_generate
 from common.protocol.limits import check_limits
@@ -32,7 +42,7 @@ from common.protocol.replies import (
 )
 from common.routed_experts.codec import row_fields
 from common.server.engine_client import Ended, EngineClient
-from common.server.http import answer_errors, together
+from common.server.http import EventStream, answer_errors, together
 from common.server.tokenizer import Tokenizer
 
 
@@ -76,20 +86,11 @@ class WorkerApp:
         as_msgpack = wants_msgpack(request.headers.get("Accept"), stream=call.stream)
         # All samples are checked before the first one starts, so that a refused request leaves nothing behind.
         messages = [self._message_of(sample) for sample in call.samples]
-        try:
-            async with asyncio.timeout(self._server.request_deadline_s):
-                if call.stream:
-                    return await self._stream(request, call, messages)
-                replies = await together(
-                    [
-                        self._answer(sample, message, as_msgpack)
-                        for sample, message in zip(call.samples, messages, strict=True)
-                    ]
-                )
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"not done within {self._server.request_deadline_s:g} s", leg=self._leg, stage=self._leg
-            ) from error
+        if call.stream:
+            return await self._stream(request, call, messages)
+        pairs = zip(call.samples, messages, strict=True)
+        async with self._deadline():
+            replies = await together([self._answer(sample, message, as_msgpack) for sample, message in pairs])
         body = replies if call.is_list else replies[0]
         if as_msgpack:
             return web.Response(body=encode_msgpack(body), content_type=MSGPACK)
@@ -154,28 +155,33 @@ class WorkerApp:
             is_leg=True,
         )
 
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        """Bound a request's time. Raises DeadlineExceeded."""
+        try:
+            async with asyncio.timeout(self._server.request_deadline_s):
+                yield
+        except TimeoutError as error:
+            waited = f"not done within {self._server.request_deadline_s:g} s"
+            raise DeadlineExceeded(waited, leg=self._leg, stage=self._leg) from error
+
     async def _stream(self, request: web.Request, call: GenerateCall, messages: list[Generate]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        lock = asyncio.Lock()
+        client = EventStream(request)
 
         async def relay(index: int) -> None:
             async for reply in self._replies(call.samples[index], messages[index], as_msgpack=False):
-                event = sse_event({**reply, "index": index} if call.is_list else reply)
-                async with lock:
-                    if not response.prepared:
-                        await response.prepare(request)
-                    await response.write(event)
+                await client.send(sse_event({**reply, "index": index} if call.is_list else reply))
 
         try:
-            await together([relay(index) for index in range(len(messages))])
-        except ReportedError as error:
-            if not response.prepared:
+            async with self._deadline():
+                await together([relay(index) for index in range(len(messages))])
+        except TandemError as error:
+            if not client.response.prepared:
                 raise
-            await response.write(sse_event(error_fields(error.report)))
+            await client.end(sse_event(error_fields(ErrorReport.of(error, leg=self._leg))))
         else:
-            await response.write(SSE_DONE)
-        await response.write_eof()
-        return response
+            await client.end(SSE_DONE)
+        return client.response
 
     # -------------------------------------------------------------------------------------------- control
 
@@ -186,7 +192,7 @@ class WorkerApp:
         """One token through this worker's own engine, without the other role."""
         options = RequestOptions(sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
         message = Generate(rid=f"health-{new_rid()}", input_ids=[0], options=options)
-        async with asyncio.timeout(self._server.request_deadline_s), self._engine.generate(message) as updates:
+        async with self._deadline(), self._engine.generate(message) as updates:
             async for update in updates:
                 if isinstance(update, Failed):
                     raise ReportedError(update.error)

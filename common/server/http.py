@@ -64,6 +64,28 @@ async def together(coroutines: Sequence[Coroutine[None, None, Result]]) -> list[
     return [task.result() for task in tasks]
 
 
+class EventStream:
+    """A server-sent event stream, begun by its first event; several tasks may send, and each event stays whole."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._lock = asyncio.Lock()
+        self.response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
+        self.response.content_type = "text/event-stream"
+
+    async def send(self, event: bytes) -> None:
+        """Write one event."""
+        async with self._lock:
+            if not self.response.prepared:
+                await self.response.prepare(self._request)
+            await self.response.write(event)
+
+    async def end(self, event: bytes) -> None:
+        """Write the last event and end the stream."""
+        await self.send(event)
+        await self.response.write_eof()
+
+
 def stop_on_signals() -> asyncio.Event:
     """Make an event that SIGTERM and SIGINT set, for the running event loop."""
     stop = asyncio.Event()

@@ -1,0 +1,169 @@
+"""From the launcher's command line to the exact commands of its children; decides everything, starts nothing.
+
+Every child's flags are parsed here once with its own config, so that a mistake is one line before anything has been
+started. It knows the roles only as a module name and a config type, and no process.
+
+Neighbours: `deploy.launch_options` (whose flag is whose), `deploy.gpus` (what there is to deal out), `deploy.stack`
+(runs the plan).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from common.config import parse_config
+from common.errors import UsageError
+from common.process import free_ports
+from deploy.gpus import visible_gpus
+from deploy.launch_options import WORKER_HOST, LaunchConfig, LaunchOptions, Role, RoleName, Roles, deal_options
+
+DEFAULT_STOP_DEADLINE_S = 10.0
+STOP_MARGIN_S = 5.0
+"""A child gets its own shutdown deadline and this much more before it is killed."""
+
+
+class Command(Struct, frozen=True, kw_only=True):
+    """One child. `name` is unique in the plan; `url` is where it will answer."""
+
+    name: str
+    role: RoleName
+    module: str
+    arguments: list[str]
+    environment: dict[str, str]
+    url: str
+    stop_deadline_s: float
+
+
+class LaunchPlan(Struct, frozen=True, kw_only=True):
+    """All children in the order of their start, and where the stack will answer. `notes` is for the log."""
+
+    commands: list[Command]
+    host: str
+    port: int
+    url: str
+    startup_deadline_s: float
+    notes: list[str]
+
+
+def plan_launch(
+    argv: list[str],
+    roles: Roles,
+    *,
+    find_gpus: Callable[[], list[str]] = visible_gpus,
+    choose_ports: Callable[[int], list[int]] = free_ports,
+) -> LaunchPlan:
+    """Decide what to start. Raises UsageError for an option, a checkpoint or a number of GPUs that cannot be used."""
+    own, passed = deal_options(argv, roles)
+    launch = parse_config(
+        LaunchConfig,
+        own,
+        prog="python -m deploy.up",
+        description="Starts prefill workers, decode workers and the router on this machine. Any of their options may be"
+        " given too: --page-size 16 for all that have it, --prefill.page-size 16 for one role.",
+    ).launch
+    _check_model(launch.model)
+
+    num_workers = launch.prefill + launch.decode
+    placements, notes = _place(launch, num_workers, find_gpus)
+    ports = choose_ports(num_workers + launch.prefill)
+    http_ports, bootstrap_ports = ports[:num_workers], ports[num_workers:]
+
+    commands: list[Command] = []
+    to_router = [f"--host={launch.host}", f"--port={launch.port}"]
+    for index in range(num_workers):
+        is_prefill = index < launch.prefill
+        role: RoleName = "prefill" if is_prefill else "decode"
+        name = f"{role}-{index if is_prefill else index - launch.prefill}"
+        url = f"http://{WORKER_HOST}:{http_ports[index]}"
+        flags = [f"--model={launch.model}", f"--device={launch.device}"]
+        flags += [f"--host={WORKER_HOST}", f"--port={http_ports[index]}"]
+        if is_prefill:
+            flags.append(f"--bootstrap-port={bootstrap_ports[index]}")
+            to_router += ["--prefill", url, str(bootstrap_ports[index])]
+        else:
+            to_router += ["--decode", url]
+        commands.append(_command(name, role, roles[role], flags + passed[role], url, placements[index]))
+    url = f"http://{WORKER_HOST if launch.host == '0.0.0.0' else launch.host}:{launch.port}"
+    commands.append(_command("router", "router", roles["router"], to_router + passed["router"], url, _ANYWHERE))
+    return LaunchPlan(
+        commands=commands,
+        host=launch.host,
+        port=launch.port,
+        url=url,
+        startup_deadline_s=launch.startup_deadline_s,
+        notes=notes,
+    )
+
+
+def _value_of(config: Struct, name: str) -> object:
+    """The value of an option of whichever group has it, None if none has."""
+    for group in msgspec.structs.fields(config):
+        values = msgspec.structs.asdict(getattr(config, group.name))
+        if name in values:
+            return values[name]
+    return None
+
+
+def _check_model(model: str) -> None:
+    path = Path(model).expanduser()
+    # Anything else may be a hub id, which only the workers can look up.
+    is_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or path.exists()
+    if is_path and not (path / "config.json").is_file():
+        raise UsageError(f"--model {model}: no checkpoint there (config.json is missing)")
+
+
+# ------------------------------------------------------------------------------------------------ placement
+
+
+class _Placement(Struct, frozen=True):
+    """Where a child runs: one GPU or none in particular, and how many children share it."""
+
+    gpu: str | None = None
+    sharers: int = 1
+
+
+_ANYWHERE = _Placement()
+
+
+def _place(
+    launch: LaunchOptions, num_workers: int, find_gpus: Callable[[], list[str]]
+) -> tuple[list[_Placement], list[str]]:
+    """Give each worker a GPU of its own, or let a pair share the only one."""
+    gpus = [] if launch.device == "cpu" else find_gpus()
+    if not gpus and launch.device != "cuda":
+        return [_ANYWHERE] * num_workers, []
+    if len(gpus) >= num_workers:
+        return [_Placement(gpu) for gpu in gpus[:num_workers]], []
+    if len(gpus) == 1 and num_workers == 2:
+        note = f"the prefill and the decode worker share GPU {gpus[0]}, each with half of the memory fraction"
+        return [_Placement(gpus[0], sharers=2)] * 2, [note]
+    raise UsageError(f"--device {launch.device}: {num_workers} workers need as many GPUs, this machine has {len(gpus)}")
+
+
+def _command(name: str, role_name: RoleName, role: Role, flags: list[str], url: str, placement: _Placement) -> Command:
+    config = _parsed(name, role, flags)
+    fraction = _value_of(config, "memory_fraction")
+    if placement.sharers > 1 and isinstance(fraction, float):
+        asked_for = any(flag.partition("=")[0] == "--memory-fraction" for flag in flags)
+        # Who names a fraction has done this division already.
+        flags = flags if asked_for else [*flags, f"--memory-fraction={fraction / placement.sharers}"]
+    stop_deadline_s = _value_of(config, "shutdown_deadline_s")
+    return Command(
+        name=name,
+        role=role_name,
+        module=role.module,
+        arguments=flags,
+        environment={} if placement.gpu is None else {"CUDA_VISIBLE_DEVICES": placement.gpu},
+        url=url,
+        stop_deadline_s=STOP_MARGIN_S
+        + (stop_deadline_s if isinstance(stop_deadline_s, float) else DEFAULT_STOP_DEADLINE_S),
+    )
+
+
+def _parsed(name: str, role: Role, flags: list[str]) -> Struct:
+    try:
+        return parse_config(role.config_type, flags, prog=f"python -m {role.module}", description="")
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error

@@ -1,0 +1,59 @@
+"""The router's options: which workers there are, and how it treats them.
+
+It reads no socket. Neighbours: `common.config` (flags, TOML and help derive from these declarations), `process`.
+"""
+
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from msgspec import Struct
+
+from common.config import ServerOptions, option, parse_config
+from common.errors import UsageError
+
+PolicyName = Literal["random", "round_robin", "least_loaded"]
+
+
+class RouterOptions(Struct, frozen=True, kw_only=True):
+    """The workers, and how requests are spread over them."""
+
+    prefill: Annotated[
+        tuple[tuple[str, int], ...],
+        option("a prefill worker: its URL and its bootstrap port; repeatable", metavar=("URL", "BOOTSTRAP_PORT")),
+    ]
+    decode: Annotated[tuple[str, ...], option("a decode worker's URL; repeatable", metavar="URL")]
+    policy: Annotated[PolicyName, option("how a prefill and a decode worker are picked")] = "least_loaded"
+    verify_rows: Annotated[bool, option("check every routed-expert row once more after the merge")] = True
+    connect_deadline_s: Annotated[float, option("longest time to connect to a worker", unit="s", gt=0)] = 5.0
+    health_deadline_s: Annotated[float, option("longest time that a health check may take", unit="s", gt=0)] = 30.0
+
+
+class RouterConfig(Struct, frozen=True, kw_only=True):
+    """All options of the router process."""
+
+    router: RouterOptions
+    server: ServerOptions = ServerOptions()
+
+
+def parse_router_config(argv: list[str]) -> RouterConfig:
+    """Read the router's flags; UsageError for anything that cannot be used, a malformed worker URL included."""
+    config = parse_config(
+        RouterConfig, argv, prog="python -m router", description="Tandem's router: one request, one pair of workers."
+    )
+    for flag, urls in (("--prefill", [url for url, _ in config.router.prefill]), ("--decode", config.router.decode)):
+        for url in urls:
+            _check_url(flag, url)
+    for _, port in config.router.prefill:
+        if not 1 <= port <= 65535:
+            raise UsageError(f"--prefill: bootstrap port {port} is not in [1, 65535]")
+    return config
+
+
+def _check_url(flag: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise UsageError(f"{flag} {url}: {error}") from error
+    if not usable or parts.query or parts.fragment:
+        raise UsageError(f"{flag} {url}: not a URL like http://host:port")

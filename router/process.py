@@ -1,0 +1,28 @@
+"""The router as a process: flags, event loop, signals, and an orderly end.
+
+Neighbours: `common.process` (the shell around `main`), `app` (what is served).
+"""
+
+import uvloop
+
+from common.observability.logging import configure_logging
+from common.process import ensure_port_free
+from common.server.http import start_server, stop_on_signals
+from router.app import create_app
+from router.config import RouterConfig, parse_router_config
+
+
+def main(argv: list[str]) -> None:
+    """Serve until SIGTERM or SIGINT; UsageError for options that cannot be used."""
+    config = parse_router_config(argv)
+    configure_logging("router", config.server.log_level)
+    ensure_port_free(config.server.host, config.server.port)
+    uvloop.run(serve(config))
+
+
+async def serve(config: RouterConfig) -> None:
+    """Serve until the process is told to stop; running requests then have the shutdown deadline to end."""
+    stop = stop_on_signals()
+    runner = await start_server(await create_app(config), config.server)
+    await stop.wait()
+    await runner.cleanup()

@@ -1,0 +1,25 @@
+"""A prefill worker that commits zeros in the place of every row, as the field's bugs do. `python -m tests.fault.zero_rows FLAGS...`."""
+
+from common.engine.engine import EngineParts
+from common.process import run_main
+from common.routed_experts.host_cache import HostCache, Rows, WriteTicket
+from prefill_worker import engine_process, process
+
+
+class ZeroRows(HostCache):
+    """Marks rows as written, and writes zeros."""
+
+    def commit(self, ticket: WriteTicket, rows: Rows) -> None:
+        """Commit zeros."""
+        super().commit(ticket, rows * 0)
+
+
+def main(argv: list[str]) -> int | None:
+    """Run the frontend, or the engine process that it starts with this same module."""
+    if argv[0].startswith("ipc://"):
+        return engine_process.main(argv, EngineParts(host_cache=ZeroRows))
+    return process.main(argv, engine_module="tests.fault.zero_rows")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,134 @@
+"""The torch kernels against plain loops and against transformers' own modules."""
+
+import math
+
+import pytest
+import torch
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeRMSNorm,
+    Qwen3MoeSparseMoeBlock,
+    apply_rotary_pos_emb,
+)
+
+from common.kernels import reference as kernels
+from common.kernels.attention import AttentionPlan
+from common.memory.kv_pool import KvPool
+from common.memory.layout import KvLayout
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def make_pool(page_size: int, num_pages: int, num_kv_heads: int = 2, head_dim: int = 8) -> KvPool:
+    layout = KvLayout(
+        page_size=page_size,
+        num_layers=3,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        dtype="float32",
+        itemsize_bytes=4,
+    )
+    return KvPool(layout, num_pages, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm_is_transformers(dtype):
+    theirs = Qwen3MoeRMSNorm(32, eps=1e-5).to(dtype)
+    theirs.weight.data.normal_()
+    x = torch.randn(5, 3, 32).to(dtype)
+    ours = kernels.rms_norm(x, theirs.weight, 1e-5)
+    assert ours.dtype == dtype
+    assert torch.equal(ours, theirs(x))
+
+
+def test_rotary_is_transformers():
+    q, k, angles = torch.randn(7, 4, 16), torch.randn(7, 2, 16), torch.randn(7, 8).repeat(1, 2)
+    ours = kernels.rotary(q, k, angles.cos(), angles.sin())
+    theirs = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin(), unsqueeze_dim=1)
+    for our, their in zip(ours, theirs, strict=True):
+        assert torch.equal(our, their)
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_store_kv_writes_its_slots_and_no_others(page_size):
+    pool = make_pool(page_size, 64 // page_size)
+    slots = torch.randperm(64)[:20]
+    k, v = torch.randn(20, 2, 8), torch.randn(20, 2, 8)
+    kernels.store_kv(*pool.layer(1), slots, k, v)
+    assert (pool.pages != 0).sum() == k.numel() + v.numel()
+    for token, slot in enumerate(slots.tolist()):
+        page = pool.pages[slot // page_size, :, 1, :, slot % page_size]
+        assert torch.equal(page[:, 0], k[token])
+        assert torch.equal(page[:, 1], v[token])
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    "requests", [[(1, 1)], [(9, 9)], [(1, 40)], [(7, 33), (1, 17), (16, 16), (1, 1), (5, 6)], [(1, 3), (1, 30)]]
+)
+def test_paged_attention_is_the_sum_it_stands_for(page_size, requests):
+    """`requests` are (queries, context) pairs; their pages lie shuffled in the pool."""
+    num_heads, num_kv_heads, head_dim = 4, 2, 8
+    pages_of = [-(-context // page_size) for _, context in requests]
+    pool = make_pool(page_size, sum(pages_of) + 3)
+    pool.pages.normal_()
+    shuffled = torch.randperm(sum(pages_of) + 3)[: sum(pages_of)]
+    plan = AttentionPlan(
+        query_starts=tuple(sum(queries for queries, _ in requests[:i]) for i in range(len(requests) + 1)),
+        context_tokens=tuple(context for _, context in requests),
+        page_starts=tuple(sum(pages_of[:i]) for i in range(len(requests) + 1)),
+        pages=shuffled,
+    )
+    q = torch.randn(plan.query_starts[-1], num_heads, head_dim)
+    k_cache, v_cache = pool.layer(2)
+    out = kernels.paged_attention(q, k_cache, v_cache, plan)
+    for i, (queries, context) in enumerate(requests):
+        pages = shuffled[plan.page_starts[i] : plan.page_starts[i + 1]].tolist()
+        slots = [(page, slot) for page in pages for slot in range(page_size)][:context]
+        for query in range(queries):
+            seen = slots[: context - queries + query + 1]
+            for head in range(num_heads):
+                kv_head = head // (num_heads // num_kv_heads)
+                keys = torch.stack([k_cache[page, kv_head, slot] for page, slot in seen])
+                values = torch.stack([v_cache[page, kv_head, slot] for page, slot in seen])
+                token = plan.query_starts[i] + query
+                scores = (keys @ q[token, head] / math.sqrt(head_dim)).softmax(0)
+                torch.testing.assert_close(out[token, head], scores @ values, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_experts_are_transformers(norm_topk_prob, dtype, tolerance):
+    config = Qwen3MoeConfig(
+        hidden_size=32, moe_intermediate_size=16, num_experts=12, num_experts_per_tok=3, norm_topk_prob=norm_topk_prob
+    )
+    config._experts_implementation = "eager"
+    block = Qwen3MoeSparseMoeBlock(config).requires_grad_(False)
+    for parameter in block.parameters():
+        parameter.normal_(0, 0.2)
+    block = block.to(dtype)
+    hidden = torch.randn(21, 32).to(dtype)
+    _, their_weights, their_ids = block.gate(hidden)
+    weights, ids = kernels.route(hidden, block.gate.weight, 3, norm_topk_prob)
+    assert torch.equal(ids, their_ids)
+    assert torch.equal(weights, their_weights)
+    assert weights.dtype == dtype
+    assert ids.dtype == torch.int64
+    out = kernels.moe_experts(hidden, ids, weights, block.experts.gate_up_proj, block.experts.down_proj)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, block(hidden[None])[0], atol=tolerance, rtol=tolerance)
+
+
+def test_experts_with_one_token_and_with_none_for_most_experts():
+    gate_up, down = torch.randn(300, 8, 6), torch.randn(300, 6, 4)
+    hidden, ids = torch.randn(1, 6), torch.tensor([[299, 0]])
+    weights = torch.tensor([[0.25, 0.75]])
+    expected = sum(
+        weight * (down[expert] @ kernels.silu_and_mul(gate_up[expert] @ hidden[0]))
+        for expert, weight in ((299, 0.25), (0, 0.75))
+    )
+    out = kernels.moe_experts(hidden, ids, weights, gate_up, down)
+    torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,143 @@
+"""What the launcher would start, for each kind of command line and machine; nothing is started here."""
+
+from pathlib import Path
+
+import pytest
+
+from common.errors import UsageError
+from deploy.launch_plan import Command, LaunchPlan, plan_launch
+from tests.support.stub_stack import stub_roles
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "config.json").write_text("{}")
+    return f"--model={tmp_path}"
+
+
+def plan(*flags: str, gpus: tuple[str, ...] = ()) -> LaunchPlan:
+    return plan_launch(
+        list(flags),
+        stub_roles(),
+        find_gpus=lambda: list(gpus),
+        choose_ports=lambda count: list(range(9000, 9000 + count)),
+    )
+
+
+def commands(plan: LaunchPlan) -> dict[str, Command]:
+    return {command.name: command for command in plan.commands}
+
+
+def test_the_children_know_each_others_addresses(model: str) -> None:
+    stack = commands(plan(model, "--prefill=2", "--decode=1", "--port=8123"))
+    assert list(stack) == ["prefill-0", "prefill-1", "decode-0", "router"]
+    assert "--port=9001" in stack["prefill-1"].arguments
+    assert "--bootstrap-port=9004" in stack["prefill-1"].arguments
+    assert stack["router"].arguments == [
+        *("--host=127.0.0.1", "--port=8123"),
+        *("--prefill", "http://127.0.0.1:9000", "9003"),
+        *("--prefill", "http://127.0.0.1:9001", "9004"),
+        *("--decode", "http://127.0.0.1:9002"),
+    ]
+
+
+def test_a_plain_option_goes_to_all_that_have_it(model: str) -> None:
+    stack = commands(
+        plan(
+            model,
+            "--page-size",
+            "8",
+            "--no-overlap",
+            "--log-level=debug",
+            "--policy",
+            "random",
+            "--chunked-prefill-tokens=32",
+        )
+    )
+    for name, mine, others in (
+        (
+            "prefill-0",
+            ["--page-size", "8", "--no-overlap", "--log-level=debug", "--chunked-prefill-tokens=32"],
+            "policy",
+        ),
+        ("decode-0", ["--page-size", "8", "--no-overlap", "--log-level=debug"], "chunked"),
+        ("router", ["--log-level=debug", "--policy", "random"], "page-size"),
+    ):
+        assert stack[name].arguments[-len(mine) :] == mine
+        assert others not in " ".join(stack[name].arguments)
+
+
+def test_a_prefixed_option_goes_to_one_role(model: str) -> None:
+    stack = commands(plan(model, "--decode.page-size", "8", "--prefill.page-size=4", "--prefill.no-overlap"))
+    assert stack["prefill-0"].arguments[-2:] == ["--page-size=4", "--no-overlap"]
+    assert stack["decode-0"].arguments[-2:] == ["--page-size", "8"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--page-sise=8"], "unknown option --page-sise"),
+        (["--worker.page-size=8"], "unknown option --worker.page-size"),
+        (["--prefill.policy=random"], "prefill-0: unrecognized arguments"),
+        (["--page-size=0"], "prefill-0: --page-size"),
+        (["--decode.page-size=x"], "decode-0: --page-size"),
+        (["--prefill=0"], "--prefill 0"),
+        (["--prefill.port=1"], "--prefill.port: the launcher chooses"),
+        (["--bootstrap-port=1"], "--bootstrap-port: the launcher chooses"),
+        (["--device=tpu"], "--device"),
+        (["--config=/nowhere.toml"], "--config /nowhere.toml"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_starts(model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        plan(model, *flags)
+    assert message in str(error.value)
+
+
+def test_words_without_an_option_are_refused(model: str) -> None:
+    with pytest.raises(UsageError, match="unexpected argument 'serve'"):
+        plan("serve", model)
+
+
+def test_a_model_is_required_and_a_path_must_hold_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--model"):
+        plan()
+    with pytest.raises(UsageError, match=r"config\.json is missing"):
+        plan(f"--model={tmp_path}")
+    assert commands(plan("--model=someone/some-moe"))["decode-0"].arguments[0] == "--model=someone/some-moe"
+
+
+def test_each_worker_gets_a_gpu_of_its_own(model: str) -> None:
+    stack = commands(plan(model, "--prefill=2", gpus=("4", "5", "6", "7")))
+    assert [stack[name].environment for name in ("prefill-0", "prefill-1", "decode-0", "router")] == [
+        {"CUDA_VISIBLE_DEVICES": "4"},
+        {"CUDA_VISIBLE_DEVICES": "5"},
+        {"CUDA_VISIBLE_DEVICES": "6"},
+        {},
+    ]
+
+
+def test_a_pair_shares_the_only_gpu_and_says_so(model: str) -> None:
+    shared = plan(model, gpus=("0",))
+    for name in ("prefill-0", "decode-0"):
+        assert commands(shared)[name].environment == {"CUDA_VISIBLE_DEVICES": "0"}
+        assert commands(shared)[name].arguments[-1] == "--memory-fraction=0.425"
+    assert len(shared.notes) == 1
+
+
+def test_a_memory_fraction_that_was_asked_for_is_kept(model: str) -> None:
+    stack = commands(plan(model, "--decode.memory-fraction=0.6", gpus=("0",)))
+    assert stack["decode-0"].arguments[-1] == "--memory-fraction=0.6"
+    assert stack["prefill-0"].arguments[-1] == "--memory-fraction=0.425"
+
+
+def test_too_few_gpus_are_refused(model: str) -> None:
+    with pytest.raises(UsageError, match="2 workers need as many GPUs, this machine has 0"):
+        plan(model, "--device=cuda")
+    with pytest.raises(UsageError, match="3 workers need as many GPUs, this machine has 2"):
+        plan(model, "--decode=2", gpus=("0", "1"))
+
+
+def test_the_cpu_is_used_where_there_is_no_gpu_or_it_is_asked_for(model: str) -> None:
+    for stack in (plan(model), plan(model, "--device=cpu", gpus=("0", "1"))):
+        assert all(command.environment == {} for command in stack.commands)

@@ -1,0 +1,247 @@
+"""The transfer over the loopback, with every fault it can have: pages end quiet, requests end with an answer or a named stage."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from common.messages import KvAbort, KvRequest
+from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, options_of
+from tests.support.judge import Judge, Tally
+from tests.support.prompts import random_prompts
+from transfer.config import TransferOptions
+from transfer.loopback import Fault
+from transfer.plan import WriteTag, complete_pages
+from transfer.state import ReceiverState, SenderState, advance
+
+OPTIONS = TransferOptions(lease_s=10.0, transfer_deadline_s=30.0)
+
+
+class Script:
+    """A fault policy: the n-th thing of a kind meets a fault."""
+
+    def __init__(self, **faults: Fault) -> None:
+        self._faults = faults
+        self.seen: list[str] = []
+
+    def __call__(self, what: str) -> Fault:
+        self.seen.append(what)
+        return self._faults.pop(what, Fault.NONE)
+
+
+def failed_error(pair: InProcessPair, leg: str):
+    failed = (pair.decode if leg == "decode" else pair.prefill).legs["r"].failed
+    assert failed is not None
+    return failed.error
+
+
+@pytest.fixture
+def checkpoint(checkpoint_of: Callable[[str], Path]) -> Path:
+    return checkpoint_of("plain")
+
+
+def test_pages_move_chunk_by_chunk(checkpoint: Path):
+    """A prompt of 5 pages in chunks of 2 pages is written while it is computed, not at the end."""
+    faults = Script()
+    pair = InProcessPair(checkpoint, chunk_tokens=32, faults=faults)
+    pair.submit("r", random_prompts(0, 2)[1][:80], options_of(3, ignore_eos=True), decode_first=True)
+    pair.settle()
+    assert len(pair.answer("r").output_ids) == 3
+    assert faults.seen.count("write") == 3
+    assert pair.decode.endpoint.num_bytes == pair.prefill.endpoint.num_bytes == 5 * pair.decode.engine.kv_pool.layout.page_bytes
+
+
+@pytest.mark.parametrize("fault", [Fault.DROP, Fault.TRUNCATE, Fault.DUPLICATE, Fault.DELAY])
+@pytest.mark.parametrize("what", ["write", "KvRequest", "KvDone", "Hello"])
+def test_one_fault(checkpoint: Path, judge_of: Callable[[str], Judge], what: str, fault: Fault):
+    """One write or message is lost, cut short, late or doubled: the answer is right, or the error names the stage."""
+    pair = InProcessPair(checkpoint, faults=Script(**{what: fault}), transfer=OPTIONS)
+    pair.submit("r", [1, 2, 3, 4, 5], options_of(4))
+    pair.settle()
+    pair.network.release()
+    pair.settle()
+    if not pair.decode.legs["r"].ended:
+        pair.now += OPTIONS.transfer_deadline_s + 1
+        pair.settle()
+    if pair.decode.legs["r"].finished is not None:
+        tally = Tally()
+        answer = pair.answer("r")
+        assert answer.rows is not None
+        judge_of("plain").add(tally, answer.prompt, answer.output_ids, answer.rows)
+        tally.assert_clean()
+        pair.check_pages()
+        return
+    error = failed_error(pair, "decode")
+    assert error.stage == "transfer"
+    assert error.status in (502, 504)
+    assert fault is not Fault.DUPLICATE
+    if what == "write" and fault is Fault.DROP:
+        # The write is in progress for ever, so both sides keep the pages: nobody may reuse what may still be written.
+        assert pair.decode.role.stats(0).pages.quarantined == 1
+        assert pair.prefill.role.stats(0).pages.running == 1
+    else:
+        pair.now += 3 * OPTIONS.lease_s
+        pair.settle()
+        pair.check_pages()
+
+
+def test_a_late_write_never_meets_a_new_owner(checkpoint: Path):
+    """The request is given up while a write is delayed: its page is not reused until the write has landed."""
+    pair = InProcessPair(checkpoint, faults=Script(write=Fault.DELAY), transfer=OPTIONS, pool_tokens=32)
+    pair.submit("r", [1, 2, 3], options_of(20))
+    pair.settle()
+    pair.abort("r")
+    pair.settle()
+    assert pair.decode.role.stats(0).pages.quarantined == 2
+    pair.submit("next", [4, 5, 6], options_of(20))
+    pair.settle()
+    assert not pair.decode.legs["next"].ended, "it waits for the pages in quarantine"
+    pair.network.release()
+    pair.settle()
+    assert pair.answer("next").output_ids
+    pair.check_pages()
+
+
+def test_decode_never_asks(checkpoint: Path):
+    """The lease of a prefilled prompt runs out, and its pages come back."""
+    pair = InProcessPair(checkpoint, faults=Script(KvRequest=Fault.DROP), transfer=OPTIONS, prefix_cache=False)
+    pair.submit("r", [1, 2, 3], options_of(4))
+    pair.settle()
+    assert pair.prefill.legs["r"].finished is not None
+    assert pair.prefill.role.stats(0).pages.running == 1
+    pair.now += OPTIONS.lease_s + 1
+    pair.settle()
+    assert pair.prefill.role.stats(0).pages.running == 0
+
+
+def test_prompts_that_differ_are_refused(checkpoint: Path):
+    """Both sides tokenise; a pair that disagrees fails instead of decoding over another prompt's KV."""
+    pair = InProcessPair(checkpoint, transfer=OPTIONS)
+    pair.submit("r", [1, 2, 3], options_of(4), decode_first=True)
+    room = next(iter(pair.decode.role._rooms))  # type: ignore[attr-defined]
+    pair.decode.role._rooms[room].prompt[0] = 9  # type: ignore[attr-defined]
+    pair.settle()
+    assert "tokenised" in failed_error(pair, "decode").message
+    pair.check_pages()
+
+
+def test_an_abort_of_an_unknown_room_leaves_a_tombstone(checkpoint: Path):
+    """The abort overtakes the prefill leg: it is acked, and the late leg starts nothing."""
+    pair = InProcessPair(checkpoint, transfer=OPTIONS)
+    link = pair.decode.endpoint._link  # type: ignore[attr-defined]
+    link.send(PREFILL, KvAbort(room=1, generation=1))
+    pair.settle()
+    pair.submit("r", [1, 2, 3], options_of(4))
+    pair.settle()
+    assert "given this room up" in failed_error(pair, "prefill").message
+    assert "closed this room" in failed_error(pair, "decode").message
+    pair.check_pages()
+
+
+def test_a_stranger_is_not_served(checkpoint: Path):
+    """A request for pages without a handshake, and one with pages outside of the pool, write nothing."""
+    pair = InProcessPair(checkpoint, transfer=OPTIONS)
+    request = KvRequest(room=1, generation=1, pages=[0], prompt_tokens=3, prompt_digest=b"")
+    link = pair.decode.endpoint._link  # type: ignore[attr-defined]
+    link.send(PREFILL, request)
+    pair.settle()
+    assert pair.prefill.endpoint.num_rooms == 0
+    link.send(PREFILL, pair.decode.endpoint._hello)  # type: ignore[attr-defined]
+    for pages in ([10**6], [0, 1]):
+        link.send(PREFILL, KvRequest(room=1, generation=1, pages=pages, prompt_tokens=3, prompt_digest=b""))
+    pair.settle()
+    assert pair.prefill.endpoint.num_rooms == 0
+    assert pair.prefill.endpoint.num_writes == 0
+    assert pair.decode.endpoint.num_dropped == 3
+
+
+def test_layouts_that_differ_are_refused(checkpoint: Path):
+    pair = InProcessPair(checkpoint, transfer=OPTIONS)
+    pair.decode.endpoint._hello = pair.decode.endpoint._hello.__class__(  # type: ignore[union-attr]
+        peer=DECODE,
+        protocol=1,
+        agent_metadata=b"x",
+        pool=pair.decode.engine.kv_pool.info().__class__(
+            base_address=0, num_pages=1, page_bytes=1, page_size=2, device_id=0, memory="DRAM", layout="other"
+        ),
+        weight_version="default",
+    )
+    pair.submit("r", [1, 2, 3], options_of(4))
+    pair.settle()
+    assert "handshake" in failed_error(pair, "decode").message
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_random_aborts_and_faults_leak_nothing(
+    checkpoint: Path, judge_of: Callable[[str], Judge], seed: int, prefix_cache: bool
+):
+    """Requests come, finish and are aborted at random moments, with writes and messages delayed: the recount stays exact."""
+    rng = random.Random(seed)
+
+    def delays(what: str) -> Fault:
+        return rng.choices([Fault.NONE, Fault.DELAY, Fault.DUPLICATE], [8, 2, 1])[0]
+
+    pair = InProcessPair(
+        checkpoint, faults=delays, transfer=OPTIONS, pool_tokens=1024, chunk_tokens=48, prefix_cache=prefix_cache, max_running=6
+    )
+    prompts = random_prompts(seed, 60, longest=120)
+    aborted: set[str] = set()
+    for index, prompt in enumerate(prompts):
+        options = options_of(rng.choice([1, 3, 20]), stream=rng.random() < 0.5, temperature=0.0)
+        pair.submit(f"r{index}", prompt, options, decode_first=rng.random() < 0.5)
+        for _ in range(rng.randrange(4)):
+            pair.turn()
+        if rng.random() < 0.3:
+            pair.network.release()
+        if rng.random() < 0.4:
+            victim = f"r{rng.randrange(index + 1)}"
+            if not pair.decode.legs[victim].ended:
+                aborted.add(victim)
+            pair.abort(victim)
+        for side in pair.sides:
+            assert side.role.stats(0).pages.unaccounted == 0
+    for _ in range(200):
+        pair.network.release()
+        pair.turn()
+    tally = Tally()
+    for index in range(len(prompts)):
+        rid = f"r{index}"
+        if pair.decode.legs[rid].finished is not None and pair.prefill.legs[rid].finished is not None:
+            answer = pair.answer(rid)
+            assert answer.rows is not None
+            judge_of("plain").add(tally, answer.prompt, answer.output_ids, answer.rows)
+            leg = pair.decode.legs[rid]
+            assert leg.tokens in ([], answer.output_ids)
+        else:
+            assert rid in aborted, (pair.prefill.legs[rid], pair.decode.legs[rid])
+    tally.assert_clean()
+    assert tally.requests + len(aborted) >= len(prompts)
+    pair.check_pages()
+
+
+def test_states_are_tables():
+    """Terminal states are terminal, and no move is legal that the table does not hold."""
+    assert advance(SenderState.OFFERED, SenderState.SENDING) is SenderState.SENDING
+    for dead, move in (
+        (SenderState.CLOSED, SenderState.SENDING),
+        (ReceiverState.ARRIVED, ReceiverState.ABORTING),
+        (SenderState.DRAINING, SenderState.SENDING),
+    ):
+        with pytest.raises(AssertionError, match="not a legal move"):
+            advance(dead, move)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_complete_pages_against_a_recount(page_size: int):
+    for prompt_tokens in range(1, 40):
+        for computed in range(prompt_tokens + 1):
+            pages = [range(i, min(i + page_size, prompt_tokens)) for i in range(0, prompt_tokens, page_size)]
+            assert complete_pages(computed, prompt_tokens, page_size) == sum(p.stop <= computed for p in pages if p)
+
+
+def test_write_tags_survive_the_wire():
+    tag = WriteTag(2**63 - 1, 7, 12)
+    assert WriteTag.decode(tag.encode()) == tag
+    assert WriteTag.decode(b"noise") is None

@@ -1,0 +1,367 @@
+"""Reading checkpoints: both spellings of config and experts, shards, and everything that must be refused by name."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from common.config import ModelOptions
+from common.errors import CheckpointError, UsageError
+from common.models.config import load_model_config, resolve_checkpoint
+from common.models.qwen3_moe import Qwen3Moe
+from common.models.registry import build_model
+from tests.support.checkpoints import SHAPES, make_checkpoint
+
+CPU = torch.device("cpu")
+EXPERT = "model.layers.0.mlp.experts.3.gate_proj.weight"
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    return {shape: make_checkpoint(tmp_path_factory.mktemp(shape), shape) for shape in SHAPES}
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path) -> Path:
+    """A copy of the plain checkpoint, to be spoiled."""
+    return shutil.copytree(checkpoints["plain"], tmp_path / "checkpoint")
+
+
+def load(folder: Path, **options: Any) -> Qwen3Moe:
+    model = build_model(load_model_config(folder), ModelOptions(model=str(folder), **options), CPU)
+    assert isinstance(model, Qwen3Moe)
+    return model
+
+
+def assert_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
+    pairs = list(zip(ours.named_parameters(), theirs.named_parameters(), strict=True))
+    assert pairs
+    for (name, our), (_, their) in pairs:
+        assert torch.equal(our, their), name
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    """Change fields of config.json; `...` removes one."""
+    config = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
+
+
+# ------------------------------------------------------------------------------------------------ tensors
+
+
+def test_missing_tensor_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.pop(EXPERT))
+    with pytest.raises(CheckpointError, match=rf"lacks tensor {EXPERT}"):
+        load(folder)
+
+
+def test_many_missing_tensors_are_counted_and_a_few_named(folder):
+    edit_tensors(folder, lambda tensors: [tensors.pop(name) for name in list(tensors) if ".layers.1." in name])
+    with pytest.raises(CheckpointError, match=r"lacks 57 tensors: model\.layers\.1\.\S+, .*\.\.\."):
+        load(folder)
+
+
+def test_extra_tensor_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({"model.layers.0.mlp.shared.weight": torch.ones(2)}))
+    with pytest.raises(CheckpointError, match=r"unknown tensor model\.layers\.0\.mlp\.shared\.weight"):
+        load(folder)
+
+
+def test_wrong_shape_is_named(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({EXPERT: torch.ones(24, 47)}))
+    with pytest.raises(CheckpointError, match=rf"{EXPERT} has shape \[24, 47\] .* \[24, 48\]"):
+        load(folder)
+
+
+def test_integer_tensor_is_refused(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({EXPERT: torch.ones(24, 48, dtype=torch.int8)}))
+    with pytest.raises(CheckpointError, match=rf"{EXPERT} has type I8"):
+        load(folder)
+
+
+def test_another_number_of_layers_or_experts_is_refused(folder):
+    edit_config(folder, num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"unknown 57 tensors: model\.layers\.2"):
+        load(folder)
+    edit_config(folder, num_hidden_layers=3, num_local_experts=17)
+    with pytest.raises(CheckpointError, match=r"experts\.16"):
+        load(folder)
+
+
+def test_biases_in_a_model_without_them_are_refused(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["mixed"], tmp_path / "checkpoint")
+    edit_config(folder, attention_bias=False)
+    with pytest.raises(CheckpointError, match=r"unknown 24 tensors: .*bias"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "rubbish"])
+def test_damaged_file_is_named(folder, damage):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "gone":
+        path.write_bytes(content[:-100] if damage == "cut" else b"rubbish")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(folder)
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_fused_experts_are_the_same_weights(checkpoints, tmp_path, shape):
+    folder = shutil.copytree(checkpoints[shape], tmp_path / "fused")
+    config = load_model_config(folder)
+
+    def fuse(tensors):
+        for layer in config.moe_layer_ids:
+            prefix = f"model.layers.{layer}.mlp.experts."
+            parts = {
+                part: torch.stack([tensors.pop(f"{prefix}{i}.{part}.weight") for i in range(config.num_experts)])
+                for part in ("gate_proj", "up_proj", "down_proj")
+            }
+            tensors[prefix + "gate_up_proj"] = torch.cat((parts["gate_proj"], parts["up_proj"]), dim=1)
+            tensors[prefix + "down_proj"] = parts["down_proj"]
+
+    edit_tensors(folder, fuse)
+    assert_equal_weights(load(folder), load(checkpoints[shape]))
+
+
+def test_experts_in_both_spellings_are_refused(folder):
+    edit_tensors(
+        folder, lambda tensors: tensors.update({"model.layers.0.mlp.experts.down_proj": torch.ones(16, 48, 24)})
+    )
+    with pytest.raises(CheckpointError, match=r"unknown 16 tensors: model\.layers\.0\.mlp\.experts\.0\.down_proj"):
+        load(folder)
+
+
+def shard(folder: Path, num_shards: int) -> dict[str, str]:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    weight_map = {name: f"model-{i % num_shards}.safetensors" for i, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return weight_map
+
+
+def test_shards_are_the_same_weights(folder, checkpoints):
+    shard(folder, 3)
+    assert_equal_weights(load(folder), load(checkpoints["plain"]))
+
+
+def test_missing_shard_is_named(folder):
+    shard(folder, 3)
+    (folder / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors"):
+        load(folder)
+
+
+def test_tensor_in_two_shards_is_refused(folder):
+    weight_map = shard(folder, 2)
+    twice = load_file(folder / "model-0.safetensors") | {EXPERT: torch.ones(24, 48)}
+    twice |= {name: torch.ones(1) for name, file in weight_map.items() if file == "model-1.safetensors"}
+    save_file(twice, folder / "model-0.safetensors")
+    with pytest.raises(CheckpointError, match="is in two files"):
+        load(folder)
+
+
+def test_unreadable_index_is_refused(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(CheckpointError, match=r"index\.json"):
+        load(folder)
+
+
+def test_head_of_a_tied_model_is_tolerated_and_not_read(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["mixed"], tmp_path / "tied")
+    edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(1000, 48)}))
+    model = load(folder)
+    assert model.lm_head_VD is model.embed_VD
+    assert_equal_weights(model, load(checkpoints["mixed"]))
+
+
+def test_conversion_to_another_dtype_is_logged(folder, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert {parameter.dtype for parameter in load(folder).parameters()} == {torch.float32}
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        model = load(folder, dtype="bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert "are converted" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_dummy_weights_repeat_themselves_and_need_no_file(folder, dtype):
+    (folder / "model.safetensors").unlink()
+    first, second = (load(folder, load_format="dummy", dtype=dtype) for _ in range(2))
+    assert_equal_weights(first, second)
+    matrices = [parameter for parameter in first.parameters() if parameter.dim() >= 2]
+    assert all(
+        parameter.isfinite().all() and parameter.std() > 0 for parameter in first.parameters() if parameter.dim() > 1
+    )
+    assert not torch.equal(matrices[1], matrices[1].roll(1, 0))
+    assert not torch.equal(first.layers[0].attention.qkv, first.layers[1].attention.qkv)
+
+
+# ------------------------------------------------------------------------------------------------ config
+
+
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_config_agrees_with_transformers(checkpoints, shape):
+    ours, theirs = load_model_config(checkpoints[shape]), AutoConfig.from_pretrained(checkpoints[shape])
+    for name in ours.__struct_fields__:
+        if name not in ("top_k", "moe_layer_ids", "rope", "eos_token_ids", "dtype"):
+            assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.top_k == theirs.num_experts_per_tok
+    assert (ours.rope.type, ours.rope.theta) == (
+        theirs.rope_parameters["rope_type"],
+        theirs.rope_parameters["rope_theta"],
+    )
+    assert ours.eos_token_ids == (0, 2)
+    assert ours.dtype == "float32"
+    assert ours.moe_layer_ids == {"plain": (0, 1, 2), "wide": (0, 1, 2), "mixed": (1, 5)}[shape]
+
+
+def test_older_spellings_mean_the_same(checkpoints, tmp_path):
+    new = load_model_config(checkpoints["mixed"])
+    folder = shutil.copytree(checkpoints["mixed"], tmp_path / "old")
+    rope = json.loads((folder / "config.json").read_text())["rope_parameters"]
+    edit_config(
+        folder,
+        num_experts=new.num_experts,
+        num_local_experts=...,
+        torch_dtype="float32",
+        dtype=...,
+        rope_theta=rope.pop("rope_theta"),
+        rope_scaling={"type": rope.pop("rope_type"), **rope},
+        rope_parameters=...,
+    )
+    assert load_model_config(folder) == new
+    edit_config(folder, rope_scaling=None, rope_theta=1_000_000)
+    assert load_model_config(folder).rope.theta == 1e6
+    assert load_model_config(folder).rope.type == "default"
+
+
+def test_yarn_without_its_trained_length_means_the_context(folder):
+    edit_config(folder, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0})
+    assert load_model_config(folder).rope.options == {"factor": 2.0, "original_max_position_embeddings": 1024}
+
+
+def test_end_tokens_are_those_of_both_files(folder):
+    edit_config(folder, eos_token_id=[7, 5])
+    assert load_model_config(folder).eos_token_ids == (0, 2, 5, 7)
+    (folder / "generation_config.json").unlink()
+    assert load_model_config(folder).eos_token_ids == (5, 7)
+    edit_config(folder, eos_token_id=None)
+    assert load_model_config(folder).eos_token_ids == ()
+
+
+def test_head_size_may_be_left_out(folder):
+    edit_config(folder, head_dim=...)
+    assert load_model_config(folder).head_dim == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model_type": "qwen2_moe"}, "model_type"),
+        ({"model_type": ...}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters"),
+        ({"rope_parameters": ..., "rope_scaling": {"type": "longrope"}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_parameters"),
+        ({"num_experts": 17}, "num_experts"),
+        ({"hidden_size": ...}, "hidden_size"),
+        ({"hidden_size": "many"}, "hidden_size"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"num_local_experts": ...}, "num_experts"),
+        ({"num_experts_per_tok": 17}, "num_experts_per_tok"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"mlp_only_layers": [0, 1, 2]}, "mlp_only_layers"),
+        ({"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ({"dtype": "float8_e4m3fn"}, "dtype"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+    ],
+)
+def test_config_that_cannot_be_served_names_the_field(folder, fields, named):
+    edit_config(folder, **fields)
+    with pytest.raises(CheckpointError, match=rf"config\.json: {named}"):
+        load_model_config(folder)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_unreadable_config_is_named(folder, content):
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_model_config(folder)
+
+
+def test_config_needs_no_torch():
+    program = "import sys, common.models.config; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------ where it is
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[tuple[str, dict[str, Any]]]:
+    """A hub that cannot be reached, and a list of what it was asked for."""
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def unreachable(name: str, **settings: Any) -> str:
+        asked.append((name, settings))
+        raise FileNotFoundError("cannot reach the hub\nand much more")
+
+    monkeypatch.setattr("common.models.config.snapshot_download", unreachable)
+    return asked
+
+
+def test_local_folder_is_itself(folder, hub, monkeypatch):
+    assert resolve_checkpoint(str(folder)) == folder
+    monkeypatch.chdir(folder.parent)
+    assert resolve_checkpoint(folder.name) == Path(folder.name)
+    assert not hub
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./missing", "../missing", "~/missing-model", "a/b/c", ""])
+def test_missing_path_is_not_sent_to_the_hub(path, hub):
+    with pytest.raises(UsageError, match="no such folder"):
+        resolve_checkpoint(path)
+    assert not hub
+
+
+def test_file_is_not_a_folder(folder, hub):
+    with pytest.raises(UsageError, match="not a folder"):
+        resolve_checkpoint(str(folder / "config.json"))
+    assert not hub
+
+
+def test_unreachable_hub_is_one_line(hub):
+    with pytest.raises(UsageError) as raised:
+        resolve_checkpoint("some/model")
+    assert "some/model" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UsageError):
+        resolve_checkpoint("some/model", weights=False)
+    assert ["*.safetensors" in settings["allow_patterns"] for _, settings in hub] == [True, False]
