@@ -1,6 +1,6 @@
 """A running stack: the children of a launch plan, from their start over the first answered request to their end.
 
-Three ways in: `python -m deploy.up` (the command), `async with Stack(plan)` (in an event loop), and
+Three ways in: `python -m deploy.up` (the command), `async with make_stack(...)` (in an event loop), and
 `with running_stack(...)` (everywhere else: tests, the demo, the benchmark). A child that ends before it was told to is
 an error that names it.
 
@@ -168,16 +168,23 @@ class Stack:
             await asyncio.sleep(POLL_S)
 
 
+def make_stack(flags: list[str], *, roles: Roles | None = None, log_file: Path | None = None) -> Stack:
+    """Plan a stack without starting it: `flags` are those of `deploy.up`, the port is a free one unless named.
+
+    Raises UsageError.
+    """
+    return Stack(plan_launch([f"--port={free_port()}", *flags], roles or tandem_roles()), log_file=log_file)
+
+
 @contextlib.contextmanager
 def running_stack(flags: list[str], *, roles: Roles | None = None, log_file: Path | None = None) -> Iterator[Stack]:
-    """Run a stack outside of any event loop: `flags` are those of `deploy.up`, the port is a free one unless named.
+    """Run a stack outside of any event loop.
 
     Raises UsageError, ChildError or StackError if it does not start. Call it from the main thread: the children die
     with the thread that started them.
     """
-    plan = plan_launch([f"--port={free_port()}", *flags], roles or tandem_roles())
+    stack = make_stack(flags, roles=roles, log_file=log_file)
     with asyncio.Runner() as runner:
-        stack = Stack(plan, log_file=log_file)
         try:
             runner.run(stack.start())
             yield stack

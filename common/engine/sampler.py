@@ -86,6 +86,8 @@ def _filter(probs_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     sorted_SV = torch.where(ranks_V < batch.top_ks_S[:, None], sorted_SV, 0.0)
     mass_before_SV = sorted_SV.cumsum(dim=-1) - sorted_SV
     outside_top_p_SV = mass_before_SV >= batch.top_ps_S[:, None] * sorted_SV.sum(dim=-1, keepdim=True)
+    # Rounded sums would take unlikely tokens from a row that has no top-p, but only beside a row that has filters.
+    outside_top_p_SV &= batch.top_ps_S[:, None] < 1
     outside_min_p_SV = sorted_SV < batch.min_ps_S[:, None] * sorted_SV[:, :1]
     sorted_SV = sorted_SV.masked_fill((outside_top_p_SV | outside_min_p_SV) & (ranks_V > 0), 0.0)
     return torch.zeros_like(probs_SV).scatter_(1, order_SV, sorted_SV)

@@ -83,8 +83,10 @@ async def _serve(
                 engine.shut_down()
                 return 0
             code = await exited
+            if code == EXIT_USAGE:
+                return EXIT_USAGE  # the engine has said what was wrong, in one line
             log.error("the engine process has ended with exit code %d", code)
-            return EXIT_USAGE if code == EXIT_USAGE else 1
+            return 1
         finally:
             await _end_engine(process, exited, config.server.shutdown_deadline_s)
             for task in (receiving, stopping):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.stack import running_stack
+from deploy.stack import make_stack
 from tests.support.http_client import Client
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
@@ -62,11 +62,10 @@ async def test_rows_and_tokens(
         "--overlap" if overlap else "--no-overlap",
     ]
     tally = Tally()
-    with running_stack(flags, log_file=tmp_path / "log") as stack:
-        async with Client(stack.url) as client:
-            before = await client.quiet_stats()
-            replies = await client.run_all(bodies)
-            after = await client.quiet_stats()
+    async with make_stack(flags, log_file=tmp_path / "log") as stack, Client(stack.url) as client:
+        before = await client.quiet_stats()
+        replies = await client.run_all(bodies)
+        after = await client.quiet_stats()
     for prompt, reply in zip(prompts, replies, strict=True):
         assert reply.rows.dtype == ("uint16" if shape == "wide" else "uint8")
         judge_of(shape).add(tally, prompt, reply.output_ids, reply.rows)
