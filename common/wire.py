@@ -49,6 +49,24 @@ class Waker:
         os.close(self.fd)
 
 
+class _Waiting:
+    """What every end that is polled by a thread of its own does alike: sleep until a message, a wake or the time."""
+
+    def __init__(self) -> None:
+        self._waker = Waker()
+        self._poller = zmq.Poller()
+        self._poller.register(self._waker.fd, zmq.POLLIN)
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a message is here, `wake` is called, or the time is up."""
+        self._poller.poll(max(1, round(timeout_s * 1000)))
+        self._waker.clear()
+
+    def wake(self) -> None:
+        """Any thread: end a `wait`, or the next one if nobody waits."""
+        self._waker.wake()
+
+
 class _Codec(Generic[Inbound, Outbound]):
     """Encodes one union and decodes another."""
 
@@ -73,18 +91,16 @@ class _Codec(Generic[Inbound, Outbound]):
 # ------------------------------------------------------------------------------------------------ frontend <-> engine
 
 
-class EngineChannel:
+class EngineChannel(_Waiting):
     """The engine's end: plain calls for a thread with a loop of its own."""
 
     def __init__(self, endpoint: str) -> None:
+        super().__init__()
         self._context = zmq.Context()
         self._socket = _open(self._context, zmq.DEALER)
         self._socket.connect(endpoint)
-        self._codec: _Codec[FrontendToEngine, EngineToFrontend] = _Codec(FrontendToEngine)
-        self._waker = Waker()
-        self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._waker.fd, zmq.POLLIN)
+        self._codec: _Codec[FrontendToEngine, EngineToFrontend] = _Codec(FrontendToEngine)
 
     def send(self, message: EngineToFrontend, *frames: Frame) -> None:
         """Queue a message; large frames are not copied and must not change until they are sent."""
@@ -97,15 +113,6 @@ class EngineChannel:
         return [
             message for (frame, *_) in _receive_all(self._socket) if (message := self._codec.decode(frame)) is not None
         ]
-
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until a message is here, `wake` is called, or the time is up."""
-        self._poller.poll(max(1, round(timeout_s * 1000)))
-        self._waker.clear()
-
-    def wake(self) -> None:
-        """Any thread: end a `wait`."""
-        self._waker.wake()
 
     def close(self) -> None:
         """Send what is queued, for a second at most, and close."""
@@ -143,29 +150,18 @@ class FrontendChannel:
 # ------------------------------------------------------------------------------------------------ decode <-> prefill
 
 
-class _ControlLink(Generic[Inbound, Outbound]):
-    """What both control ends share: a context, a poller with a waker, and a codec."""
+class _ControlLink(_Waiting, Generic[Inbound, Outbound]):
+    """What both control ends share: a context and a codec."""
 
     def __init__(self, inbound: Any) -> None:
+        super().__init__()
         self._context = zmq.Context()
         self._codec: _Codec[Inbound, Outbound] = _Codec(inbound)
-        self._waker = Waker()
-        self._poller = zmq.Poller()
-        self._poller.register(self._waker.fd, zmq.POLLIN)
 
     @property
     def num_undecodable(self) -> int:
         """Messages that were dropped because they did not decode."""
         return self._codec.num_undecodable
-
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until a message is here, `wake` is called, or the time is up."""
-        self._poller.poll(max(1, round(timeout_s * 1000)))
-        self._waker.clear()
-
-    def wake(self) -> None:
-        """Any thread: end a `wait`."""
-        self._waker.wake()
 
     def close(self) -> None:
         """Close all sockets; what is queued is sent for a moment only, since the peer may be gone."""
