@@ -13,10 +13,11 @@ class UnwrittenRows(HostCache):
         """Do nothing."""
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     """Run the frontend, or the engine process that it starts with this same module."""
     if argv[0].startswith("ipc://"):
-        return engine_process.main(argv, EngineParts(host_cache=UnwrittenRows))
+        engine_process.main(argv, EngineParts(host_cache=UnwrittenRows))
+        return 0
     return process.main(argv, engine_module="tests.fault.unwritten_rows")
 
 

@@ -1,4 +1,4 @@
-"""A prefill worker that commits zeros in the place of every row, as the field's bugs do. `python -m tests.fault.zero_rows FLAGS...`."""
+"""A prefill worker that commits zeros in the place of every row. `python -m tests.fault.zero_rows FLAGS...`."""
 
 from common.engine.engine import EngineParts
 from common.process import run_main
@@ -14,10 +14,11 @@ class ZeroRows(HostCache):
         super().commit(ticket, rows * 0)
 
 
-def main(argv: list[str]) -> int | None:
+def main(argv: list[str]) -> int:
     """Run the frontend, or the engine process that it starts with this same module."""
     if argv[0].startswith("ipc://"):
-        return engine_process.main(argv, EngineParts(host_cache=ZeroRows))
+        engine_process.main(argv, EngineParts(host_cache=ZeroRows))
+        return 0
     return process.main(argv, engine_module="tests.fault.zero_rows")
 
 

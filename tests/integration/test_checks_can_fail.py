@@ -1,4 +1,4 @@
-"""The checks can fail: a prefill worker that loses its rows is found out by the server, and, where that does not look, by replay."""
+"""The checks can fail: a worker that loses its rows is found out by the server, and, where that does not look, by replay."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,9 @@ def test_zero_rows_are_refused_by_the_server_or_found_by_replay(checkpoint_of: C
     roles = with_prefill("tests.fault.zero_rows")
     for verify in ("--verify-rows", "--no-verify-rows"):
         report = tmp_path / f"report{verify}.json"
-        with running_stack([model, "--device=cpu", "--cpu-threads=1", verify], roles=roles, log_file=tmp_path / "log") as stack:
+        with running_stack(
+            [model, "--device=cpu", "--cpu-threads=1", verify], roles=roles, log_file=tmp_path / "log"
+        ) as stack:
             replay = spawn("deploy.replay", [f"--url={stack.url}", "--max-new-tokens=4", f"--report={report}"])
             assert replay.wait(120) == 1
         summary = json.loads(report.read_text())

@@ -14,8 +14,8 @@ from tests.support.judge import Judge, Tally
 
 SHAPE = "mixed"
 PROMPT = list(range(40, 77))
-GREEDY = {"max_new_tokens": 6, "temperature": 0}
-ROWS = {"return_routed_experts": True, "routed_experts_dtype": "auto"}
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "temperature": 0}
+ROWS: dict[str, Any] = {"return_routed_experts": True, "routed_experts_dtype": "auto"}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,11 @@ async def test_sampling_repeats_itself_and_follows_its_seed(client: Client, judg
     for reply in (first, other, drawn):
         judged(judge, reply, PROMPT, greedy=False)
     logits = judge.trace([*PROMPT, *first.output_ids[:-1]]).logits[len(PROMPT) - 1 :]
-    logprobs = logits - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True)) - logits.max(-1, keepdims=True)
+    logprobs = (
+        logits
+        - np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1, keepdims=True))
+        - logits.max(-1, keepdims=True)
+    )
     expected = logprobs[np.arange(12), first.output_ids]
     got = [item[0] for item in first.meta["output_token_logprobs"]]
     assert [item[1] for item in first.meta["output_token_logprobs"]] == first.output_ids
@@ -186,7 +190,11 @@ async def test_clients_that_leave_free_everything(client: Client):
     """Connections closed before and during replies, streaming or not; the fixture counts the pages."""
 
     async def leave(streaming: bool) -> None:
-        body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 800, "ignore_eos": True}, "stream": streaming}
+        body = {
+            "input_ids": PROMPT,
+            "sampling_params": {"max_new_tokens": 800, "ignore_eos": True},
+            "stream": streaming,
+        }
         async with client.session.post(f"{client.url}/generate", json=body) as response:
             await response.content.readany()
             assert streaming

@@ -88,7 +88,9 @@ class Client:
             raw = await response.read()
             return response.status, json.loads(raw) if response.content_type == "application/json" else raw.decode()
 
-    async def run_all(self, bodies: list[dict[str, Any]], *, concurrency: int = 16, msgpack: bool = True) -> list[Reply]:
+    async def run_all(
+        self, bodies: list[dict[str, Any]], *, concurrency: int = 16, msgpack: bool = True
+    ) -> list[Reply]:
         """Run requests, `concurrency` at once; replies in order."""
         gate = asyncio.Semaphore(concurrency)
 
@@ -109,7 +111,11 @@ class Client:
             while True:
                 stats = await self.worker_stats()
                 if all(
-                    s["queued_requests"] + s["running_requests"] + s["rooms"] + s["pages"]["running"] + s["pages"]["quarantined"]
+                    s["queued_requests"]
+                    + s["running_requests"]
+                    + s["rooms"]
+                    + s["pages"]["running"]
+                    + s["pages"]["quarantined"]
                     == 0
                     for s in stats.values()
                 ):

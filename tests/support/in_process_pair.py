@@ -164,6 +164,9 @@ class InProcessPair:
         decode_role = DecodeWorker.on(engine, receiver.mailbox, receiver, Recorder(legs), verify_rows=verify_rows)
         self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, legs)
         self.sides = (self.prefill, self.decode)
+        self.receiver = receiver
+        self.decode_role = decode_role
+        self.decode_link = decode_link
 
     # ---------------------------------------------------------------------------------------- driving
 

@@ -43,7 +43,14 @@ class Judge:
         return self._traces[key]
 
     def add(
-        self, tally: Tally, prompt: Sequence[int], output_ids: Sequence[int], rows: np.ndarray, *, start: int = 0, greedy: bool = True
+        self,
+        tally: Tally,
+        prompt: Sequence[int],
+        output_ids: Sequence[int],
+        rows: np.ndarray,
+        *,
+        start: int = 0,
+        greedy: bool = True,
     ) -> None:
         """Count one answer with rows `[P+G-1-start, L, K]`."""
         trace = self.trace([*prompt, *output_ids[:-1]])

@@ -20,10 +20,10 @@ NUM_PROMPTS = 52
 WHOLE = 8192
 
 
-def run_and_judge(pair: InProcessPair, judge: Judge, *, seed: int = 0, **options: object) -> Tally:
+def run_and_judge(pair: InProcessPair, judge: Judge, *, seed: int = 0) -> Tally:
     """Run random prompts, 16 at once, every fourth with G = 1, and compare everything with the reference."""
     prompts = random_prompts(seed, NUM_PROMPTS)
-    requests = [(prompt, options_of(1 if i % 4 == 0 else 2 + i % 11, **options)) for i, prompt in enumerate(prompts)]
+    requests = [(prompt, options_of(1 if i % 4 == 0 else 2 + i % 11)) for i, prompt in enumerate(prompts)]
     tally = Tally()
     answers = pair.run(requests)
     for answer in answers:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from common.messages import KvAbort, KvRequest
-from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, options_of
+from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
 from transfer.config import TransferOptions
@@ -49,7 +50,11 @@ def test_pages_move_chunk_by_chunk(checkpoint: Path):
     pair.settle()
     assert len(pair.answer("r").output_ids) == 3
     assert faults.seen.count("write") == 3
-    assert pair.decode.endpoint.num_bytes == pair.prefill.endpoint.num_bytes == 5 * pair.decode.engine.kv_pool.layout.page_bytes
+    assert (
+        pair.decode.endpoint.num_bytes
+        == pair.prefill.endpoint.num_bytes
+        == 5 * pair.decode.engine.kv_pool.layout.page_bytes
+    )
 
 
 @pytest.mark.parametrize("fault", [Fault.DROP, Fault.TRUNCATE, Fault.DUPLICATE, Fault.DELAY])
@@ -119,8 +124,8 @@ def test_prompts_that_differ_are_refused(checkpoint: Path):
     """Both sides tokenise; a pair that disagrees fails instead of decoding over another prompt's KV."""
     pair = InProcessPair(checkpoint, transfer=OPTIONS)
     pair.submit("r", [1, 2, 3], options_of(4), decode_first=True)
-    room = next(iter(pair.decode.role._rooms))  # type: ignore[attr-defined]
-    pair.decode.role._rooms[room].prompt[0] = 9  # type: ignore[attr-defined]
+    [request] = pair.decode_role._rooms.values()
+    request.prompt[0] = 9
     pair.settle()
     assert "tokenised" in failed_error(pair, "decode").message
     pair.check_pages()
@@ -129,7 +134,7 @@ def test_prompts_that_differ_are_refused(checkpoint: Path):
 def test_an_abort_of_an_unknown_room_leaves_a_tombstone(checkpoint: Path):
     """The abort overtakes the prefill leg: it is acked, and the late leg starts nothing."""
     pair = InProcessPair(checkpoint, transfer=OPTIONS)
-    link = pair.decode.endpoint._link  # type: ignore[attr-defined]
+    link = pair.decode_link
     link.send(PREFILL, KvAbort(room=1, generation=1))
     pair.settle()
     pair.submit("r", [1, 2, 3], options_of(4))
@@ -143,11 +148,11 @@ def test_a_stranger_is_not_served(checkpoint: Path):
     """A request for pages without a handshake, and one with pages outside of the pool, write nothing."""
     pair = InProcessPair(checkpoint, transfer=OPTIONS)
     request = KvRequest(room=1, generation=1, pages=[0], prompt_tokens=3, prompt_digest=b"")
-    link = pair.decode.endpoint._link  # type: ignore[attr-defined]
+    link = pair.decode_link
     link.send(PREFILL, request)
     pair.settle()
     assert pair.prefill.endpoint.num_rooms == 0
-    link.send(PREFILL, pair.decode.endpoint._hello)  # type: ignore[attr-defined]
+    link.send(PREFILL, pair.receiver._hello)
     for pages in ([10**6], [0, 1]):
         link.send(PREFILL, KvRequest(room=1, generation=1, pages=pages, prompt_tokens=3, prompt_digest=b""))
     pair.settle()
@@ -158,15 +163,8 @@ def test_a_stranger_is_not_served(checkpoint: Path):
 
 def test_layouts_that_differ_are_refused(checkpoint: Path):
     pair = InProcessPair(checkpoint, transfer=OPTIONS)
-    pair.decode.endpoint._hello = pair.decode.endpoint._hello.__class__(  # type: ignore[union-attr]
-        peer=DECODE,
-        protocol=1,
-        agent_metadata=b"x",
-        pool=pair.decode.engine.kv_pool.info().__class__(
-            base_address=0, num_pages=1, page_bytes=1, page_size=2, device_id=0, memory="DRAM", layout="other"
-        ),
-        weight_version="default",
-    )
+    hello = pair.receiver._hello
+    pair.receiver._hello = replace(hello, pool=replace(hello.pool, layout="other"))
     pair.submit("r", [1, 2, 3], options_of(4))
     pair.settle()
     assert "handshake" in failed_error(pair, "decode").message
@@ -184,7 +182,13 @@ def test_random_aborts_and_faults_leak_nothing(
         return rng.choices([Fault.NONE, Fault.DELAY, Fault.DUPLICATE], [8, 2, 1])[0]
 
     pair = InProcessPair(
-        checkpoint, faults=delays, transfer=OPTIONS, pool_tokens=1024, chunk_tokens=48, prefix_cache=prefix_cache, max_running=6
+        checkpoint,
+        faults=delays,
+        transfer=OPTIONS,
+        pool_tokens=1024,
+        chunk_tokens=48,
+        prefix_cache=prefix_cache,
+        max_running=6,
     )
     prompts = random_prompts(seed, 60, longest=120)
     aborted: set[str] = set()

@@ -1,0 +1,94 @@
+"""The README's examples do what it says: its Python and curl blocks run as they stand, against a real stack."""
+
+import base64
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deploy.stack import Stack, running_stack
+from tests.support.documents import REPOSITORY, fenced_blocks
+from tests.support.judge import Judge, Tally
+
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+PYTHON = fenced_blocks(README, "python")
+CURL = [block for block in fenced_blocks(README, "bash") if block.startswith("curl ")]
+
+README_URL = "http://127.0.0.1:8000"
+SHAPE = "mixed"
+MOE_LAYERS, NUM_LAYERS = [1, 5], 6
+
+
+@pytest.fixture(scope="module")
+def stack(checkpoint_of: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    flags = [f"--model={checkpoint_of(SHAPE)}", "--device=cpu", "--cpu-threads=1"]
+    with running_stack(flags, log_file=tmp_path_factory.mktemp("stack") / "log") as running:
+        yield running
+
+
+def at(stack: Stack, block: str) -> str:
+    """Point an example at the running stack."""
+    assert README_URL in block
+    return block.replace(README_URL, stack.url)
+
+
+def run_python(stack: Stack, block: str) -> dict[str, Any]:
+    """Execute an example; its variables."""
+    variables: dict[str, Any] = {}
+    exec(compile(at(stack, block), "README.md", "exec"), variables)
+    return variables
+
+
+def run_curl(stack: Stack, block: str) -> dict[str, Any]:
+    """Execute an example in a shell; the reply."""
+    if shutil.which("curl") is None:
+        pytest.skip("there is no curl on this machine")
+    script = at(stack, block).replace("curl ", "curl --silent --show-error --max-time 60 ", 1)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=90, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_examples_are_found():
+    assert len(PYTHON) == 2
+    assert len(CURL) == 1
+
+
+def test_every_example_gives_the_rows_of_the_reference(stack: Stack, judge_of: Callable[[str], Judge]):
+    """All examples ask the same greedy question: the same rows, in each form, and the right ones."""
+    reply = run_curl(stack, CURL[0])
+    meta, output_ids = reply["meta_info"], reply["output_ids"]
+    from_curl = np.frombuffer(base64.b64decode(meta["routed_experts"]), "<i4").reshape(meta["routed_experts_shape"])
+    from_json, from_msgpack = (run_python(stack, block) for block in PYTHON)
+
+    prompt = judge_of(SHAPE)
+    assert from_curl.shape[:2] == (meta["prompt_tokens"] + len(output_ids) - 1, NUM_LAYERS)
+    assert np.array_equal(from_json["rows"], from_curl)
+    assert from_json["meta"]["routed_experts_moe_layer_ids"] == MOE_LAYERS
+    assert np.array_equal(from_msgpack["rows"].numpy(), from_curl[:, MOE_LAYERS])
+    assert from_msgpack["meta"]["routed_experts_layer_ids"] == MOE_LAYERS
+
+    tally = Tally()
+    text = from_json["body"]["text"]
+    prompt.add(tally, tokens_of(stack, text), output_ids, from_msgpack["rows"].numpy())
+    tally.assert_clean()
+
+
+def tokens_of(stack: Stack, text: str) -> list[int]:
+    """The prompt's tokens, by the checkpoint's own tokenizer."""
+    from transformers import AutoTokenizer
+
+    [model] = {flag.removeprefix("--model=") for c in stack.plan.commands for flag in c.arguments if flag.startswith("--model=")}
+    return list(AutoTokenizer.from_pretrained(model)(text).input_ids)
+
+
+def test_an_example_that_is_wrong_fails(stack: Stack):
+    """The check can fail: the Python example's own assertion sees a reply that is one token off."""
+    wrong = PYTHON[0].replace('meta["completion_tokens"] - 1', 'meta["completion_tokens"]')
+    assert wrong != PYTHON[0]
+    with pytest.raises(AssertionError):
+        run_python(stack, wrong)

@@ -1,0 +1,11 @@
+"""Reading the documents of the repository: their fenced blocks, by language."""
+
+import re
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+
+def fenced_blocks(text: str, language: str) -> list[str]:
+    """The contents of the blocks that begin with three backticks and `language`, in order."""
+    return re.findall(rf"^```{re.escape(language)}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
