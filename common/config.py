@@ -69,7 +69,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         float, option("part of the GPU's memory for weights and KV pool together", gt=0, le=1)
     ] = 0.85
     max_running_requests: Annotated[
-        int, option("requests that share a step at most", unit="requests", ge=1, le=65536)
+        int, option("requests that may hold pages and run at a time", unit="requests", ge=1, le=65536)
     ] = 256
     overlap: Annotated[bool, option("prepare step n+1 while step n runs")] = True
     verify_rows: Annotated[bool, option("check every routed-expert row before it leaves")] = True
@@ -192,7 +192,7 @@ def _options_of(config_type: type[Struct]) -> dict[str, _Option]:
 def _read_toml(path: Path, options: dict[str, _Option]) -> dict[str, object]:
     try:
         values = tomllib.loads(path.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"--config {path}: {error}") from error
     flat = {name.replace("-", "_"): value for name, value in values.items()}
     for name in flat:

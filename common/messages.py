@@ -144,7 +144,7 @@ class ReportedError(TandemError):
 
 
 class Generate(Struct, frozen=True, tag=True, kw_only=True):
-    """Run one sample. `bootstrap` is there on both legs of a pair, and absent when the prompt is only scored."""
+    """Run one sample. `bootstrap` is there on both legs of a pair; a scored prompt and a worker's health check have none."""
 
     rid: str
     input_ids: list[int]
@@ -300,7 +300,10 @@ class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class KvAbort(Struct, frozen=True, tag=True):
-    """Stop writing for this room; answered by `KvClosed` once no posted write is left."""
+    """Stop writing for this room; answered by `KvClosed` once no posted write is left.
+
+    Generation 0 comes from a worker that never asked for the room: it wants no answer.
+    """
 
     room: int
     generation: int
@@ -336,7 +339,10 @@ class KvDone(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class KvClosed(Struct, frozen=True, tag=True, kw_only=True):
-    """No write of this room is left or will come; the pages are the receiver's again. `error` is None for an asked abort."""
+    """No write of this room is left or will come; the pages are the receiver's again.
+
+    `error` says why the room was closed; None answers an abort of a room that was not open to this peer.
+    """
 
     room: int
     generation: int

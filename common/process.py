@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -26,6 +27,7 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 
 _PR_SET_PDEATHSIG = 1
+_LISTENING_PORTS = range(10240, 32768)
 
 Stream = int | IO[Any] | None
 """What `subprocess` takes as a child's stdout or stderr; None: the parent's."""
@@ -158,13 +160,18 @@ def ensure_port_free(host: str, port: int) -> None:
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Choose `count` different ports that nobody listens on. Another process may still be faster: use them soon."""
-    with contextlib.ExitStack() as stack:
-        # All are held until the last one is chosen, or the system could name one of them twice.
-        probes = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) for _ in range(count)]
-        for probe in probes:
-            probe.bind((host, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Choose `count` different ports that nobody listens on. Another process may still be faster: use them soon.
+
+    They lie below the range from which systems choose the ports of outgoing connections, which could take them meanwhile.
+    """
+    chosen: list[int] = []
+    for port in random.sample(_LISTENING_PORTS, len(_LISTENING_PORTS)):
+        if len(chosen) == count:
+            break
+        with contextlib.suppress(UsageError):
+            ensure_port_free(host, port)
+            chosen.append(port)
+    return chosen
 
 
 def free_port(host: str = "127.0.0.1") -> int:

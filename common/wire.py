@@ -17,7 +17,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from common.errors import UsageError
+from common.errors import TransferError, UsageError
 from common.messages import EngineToFrontend, FrontendToEngine
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class _Codec(Generic[Inbound, Outbound]):
     def decode(self, frame: bytes | memoryview) -> Inbound | None:
         try:
             decoded: Inbound = self._decoder.decode(frame)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.num_undecodable += 1
             log.warning("dropped a message that does not decode: %s", error)
             return None
@@ -177,7 +177,7 @@ class ControlListener(_ControlLink[Inbound, Outbound]):
         self._socket = _open(self._context, zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         try:
-            self._socket.bind(f"tcp://{host}:{port}")
+            self._socket.bind(f"tcp://{address(host, port)}")
         except zmq.ZMQError as error:
             raise UsageError(f"--bootstrap-port {port} on {host}: {error.strerror}") from error
         self._poller.register(self._socket, zmq.POLLIN)
@@ -188,11 +188,11 @@ class ControlListener(_ControlLink[Inbound, Outbound]):
 
     def receive(self) -> list[tuple[str, Inbound]]:
         """All messages that are here, with the ids of their senders."""
-        received = []
-        for frames in _receive_all(self._socket):
-            if len(frames) == 2 and (message := self._codec.decode(frames[1])) is not None:
-                received.append((frames[0].decode(errors="replace"), message))
-        return received
+        return [
+            (sender.decode(errors="replace"), message)
+            for (sender, frame, *_) in _receive_all(self._socket)
+            if (message := self._codec.decode(frame)) is not None
+        ]
 
 
 class ControlDialer(_ControlLink[Inbound, Outbound]):
@@ -204,11 +204,15 @@ class ControlDialer(_ControlLink[Inbound, Outbound]):
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
 
     def send(self, peer: str, message: Outbound) -> None:
-        """Queue a message; it is sent when the peer can be reached."""
+        """Queue a message; it is sent when the peer can be reached. Raises TransferError if `peer` is no address."""
         if peer not in self._sockets:
             socket = _open(self._context, zmq.DEALER)
             socket.setsockopt(zmq.ROUTING_ID, self._peer_id.encode())
-            socket.connect(f"tcp://{peer}")
+            try:
+                socket.connect(f"tcp://{peer}")
+            except zmq.ZMQError as error:
+                socket.close()
+                raise TransferError(f"{peer!r} is no address of a prefill worker: {error.strerror}") from error
             self._poller.register(socket, zmq.POLLIN)
             self._sockets[peer] = socket
         self._sockets[peer].send(self._codec.encode(message))
@@ -223,11 +227,17 @@ class ControlDialer(_ControlLink[Inbound, Outbound]):
         ]
 
 
+def address(host: str, port: int) -> str:
+    """Write `host:port`, the host in brackets if it is an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _open(context: "zmq.Context[Any]", kind: int) -> Any:
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, 0)  # control messages are small; blocking or losing one would be worse
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 100)
+    socket.setsockopt(zmq.IPV6, 1)
     return socket
 
 

@@ -26,6 +26,7 @@ from common.messages import (
 )
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepPlan
+from common.wire import address
 from decode_worker.scheduler import DecodeScheduler
 from transfer.handshake import prompt_digest
 from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox
@@ -251,4 +252,4 @@ class DecodeWorker:
 
 def _source_of(bootstrap: Bootstrap) -> str:
     """The address of the prefill worker's control socket."""
-    return f"{bootstrap.host}:{bootstrap.port}"
+    return address(bootstrap.host, bootstrap.port)

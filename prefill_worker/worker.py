@@ -180,8 +180,8 @@ class PrefillWorker:
             return None
         # A prompt that is only scored yields P - 1 rows: its last token would be the input of a step that never comes.
         stop = request.num_prompt_tokens - (options.sampling.max_new_tokens == 0)
-        start = min(options.routed_experts_start_len, stop)
-        return self._engine.collect_rows(request, start, stop, verified=self._verify_rows)
+        start = options.routed_experts_start_len
+        return self._engine.collect_rows(request, start, max(start, stop), verified=self._verify_rows)
 
     # -------------------------------------------------------------------------------------------- endings
 

@@ -45,9 +45,6 @@ class TransferAgent(Protocol):
     def connect(self, metadata: bytes, pool: PoolInfo) -> str:
         """Get ready to write into a peer's pool; returns the peer's id. Raises TransferError."""
 
-    def forget(self, peer: str) -> None:
-        """Let go of all that is kept for a peer; no write to it may be in progress."""
-
     def write(self, peer: str, local_pages: list[int], remote_pages: list[int], tag: bytes) -> Write:
         """Post a write of whole pages; the peer's `arrivals` shows `tag` once the data is there. Raises TransferError."""
 
@@ -95,17 +92,6 @@ class NixlAgent:
         except Exception as error:
             raise TransferError(f"NIXL cannot reach the peer: {error}") from error
         return peer
-
-    def forget(self, peer: str) -> None:
-        """Drop the peer's descriptors and connection; a peer that is gone already is fine."""
-        pages = self._peer_pages.pop(peer, None)
-        if pages is None:
-            return
-        try:
-            self._agent.release_dlist_handle(pages)
-            self._agent.remove_remote_agent(peer)
-        except Exception as error:  # noqa: BLE001
-            log.warning("forgetting peer %s: %s", peer, error)
 
     def write(self, peer: str, local_pages: list[int], remote_pages: list[int], tag: bytes) -> Write:
         """Post one NIXL WRITE with one descriptor a page; adjacent pages are merged by NIXL."""

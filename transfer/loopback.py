@@ -92,9 +92,6 @@ class LoopbackAgent:
             raise TransferError(f"there is no agent {name}")
         return name
 
-    def forget(self, peer: str) -> None:
-        """Nothing is kept."""
-
     def write(self, peer: str, local_pages: list[int], remote_pages: list[int], tag: bytes) -> Write:
         """Copy at once, or do what the fault policy says."""
         target = self._network.agents.get(peer)

@@ -7,11 +7,14 @@ when the peer says that all writes have completed *and* the notification of each
 It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other.
 """
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from msgspec import Struct
 
+from common.errors import TransferError
 from common.messages import (
     DecodeToPrefill,
     ErrorReport,
@@ -90,14 +93,19 @@ ReceiverMailbox = Mailbox[ReceiverCommand, ReceiverEvent]
 @dataclass(slots=True)
 class _Room:
     source: str
-    generation: int
-    num_pages: int
+    request: KvRequest
     asked_at: float
     deadline: float
+    greeted_again: bool = False
     state: ReceiverState = ReceiverState.REQUESTED
     landed: set[int] = field(default_factory=set)
     """Serials of the writes whose notification is here."""
     done: KvDone | None = None
+
+    @property
+    def generation(self) -> int:
+        """Tells this use of the room from any other."""
+        return self.request.generation
 
 
 class Receiver:
@@ -126,7 +134,7 @@ class Receiver:
             pool=pool,
             weight_version=weight_version,
         )
-        self._greeted: dict[str, str | None] = {}
+        self._greeted: set[str] = set()
         self._rooms: dict[int, _Room] = {}
         self._generation = 0
         self._now = 0.0
@@ -148,6 +156,8 @@ class Receiver:
                     self._request(command)
                 case CancelKv():
                     self._cancel(command)
+                case _:
+                    assert_never(command)
         if self._rooms:
             for _, tag in self._agent.arrivals():
                 self._on_landed(tag)
@@ -172,17 +182,7 @@ class Receiver:
 
     def _request(self, command: ReceiveKv) -> None:
         assert command.room not in self._rooms, "the engine asks once for a room"
-        if command.source not in self._greeted:
-            self._greeted[command.source] = None
-            self._link.send(command.source, self._hello)
         self._generation += 1
-        self._rooms[command.room] = _Room(
-            source=command.source,
-            generation=self._generation,
-            num_pages=len(command.pages),
-            asked_at=self._now,
-            deadline=self._now + self._options.transfer_deadline_s,
-        )
         request = KvRequest(
             room=command.room,
             generation=self._generation,
@@ -190,13 +190,27 @@ class Receiver:
             prompt_tokens=command.prompt_tokens,
             prompt_digest=command.prompt_digest,
         )
-        self._link.send(command.source, request)
+        room = self._rooms[command.room] = _Room(
+            source=command.source,
+            request=request,
+            asked_at=self._now,
+            deadline=self._now + self._options.transfer_deadline_s,
+        )
+        try:
+            if command.source not in self._greeted:
+                self._link.send(command.source, self._hello)
+                self._greeted.add(command.source)
+            self._link.send(command.source, request)
+        except TransferError as error:
+            self._lose(command.room, room, status=400, message=str(error))
+            self._close(command.room, room)
 
     def _cancel(self, command: CancelKv) -> None:
         room = self._rooms.get(command.room)
         if room is None:
-            # Never asked for, or just arrived: nobody waits for an answer.
-            self._link.send(command.source, KvAbort(room=command.room, generation=0))
+            # Never asked for, or just arrived: nobody waits for an answer, and a wrong address has no one to tell.
+            with contextlib.suppress(TransferError):
+                self._link.send(command.source, KvAbort(room=command.room, generation=0))
         elif room.state is ReceiverState.REQUESTED:
             room.state = advance(room.state, ReceiverState.ABORTING)
             self._send_abort(command.room, room)
@@ -218,7 +232,6 @@ class Receiver:
     def _on_message(self, source: str, message: PrefillToDecode) -> None:
         match message:
             case HelloReply():
-                self._greeted[source] = message.peer
                 if message.refusal is not None:
                     log.error("prefill worker %s refuses this worker: %s", message.peer, message.refusal)
             case KvDone() | KvClosed():
@@ -229,6 +242,8 @@ class Receiver:
                     self._on_done(message, room)
                 else:
                     self._on_closed(message, room)
+            case _:
+                assert_never(message)
 
     def _on_done(self, message: KvDone, room: _Room) -> None:
         if room.state is ReceiverState.ABORTING:
@@ -238,6 +253,12 @@ class Receiver:
             self._check_arrived(message.room, room)
 
     def _on_closed(self, message: KvClosed, room: _Room) -> None:
+        if room.state is ReceiverState.REQUESTED and message.stage == "handshake" and not room.greeted_again:
+            # The prefill worker at this address has been restarted: it has never heard of this worker.
+            room.greeted_again = True
+            self._link.send(room.source, self._hello)
+            self._link.send(room.source, room.request)
+            return
         if room.state is ReceiverState.REQUESTED:
             self._lose(message.room, room, status=502, message=message.error or "the prefill worker closed the room")
         self._close(message.room, room)
@@ -247,7 +268,7 @@ class Receiver:
             return
         room.state = advance(room.state, ReceiverState.ARRIVED)
         del self._rooms[room_id]
-        num_bytes = room.num_pages * self._pool.page_bytes
+        num_bytes = len(room.request.pages) * self._pool.page_bytes
         self.num_writes += room.done.num_writes
         self.num_bytes += num_bytes
         arrived = KvArrived(
@@ -260,7 +281,7 @@ class Receiver:
 
     def _lose(self, room_id: int, room: _Room, *, status: int, message: str) -> None:
         room.state = advance(room.state, ReceiverState.ABORTING)
-        code = "deadline_exceeded" if status == 504 else "leg_failed"
+        code = {400: "invalid_request", 504: "deadline_exceeded"}.get(status, "leg_failed")
         error = ErrorReport(status=status, message=message, code=code, leg="decode", stage="transfer")
         self.mailbox.emit(KvLost(room_id, error))
 

@@ -12,6 +12,7 @@ It knows no engine and no NIXL: commands and events on one side, `TransferAgent`
 import logging
 import math
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from msgspec import Struct
 
@@ -134,6 +135,7 @@ class Sender:
         self._peer_id = peer_id
         self._weight_version = weight_version
         self._peers: dict[str, PoolInfo] = {}
+        self._refusals: dict[str, str] = {}
         self._rooms: dict[int, _Room] = {}
         self._tombstones: dict[int, float] = {}
         self._now = 0.0
@@ -202,11 +204,16 @@ class Sender:
     def _on_message(self, peer: str, message: DecodeToPrefill) -> None:
         match message:
             case Hello():
-                self._link.send(peer, HelloReply(peer=self._peer_id, refusal=self._greet(peer, message)))
+                refusal = self._greet(peer, message)
+                if refusal is not None:
+                    self._refusals[peer] = refusal
+                self._link.send(peer, HelloReply(peer=self._peer_id, refusal=refusal))
             case KvRequest():
                 self._ask(peer, message)
             case KvAbort():
                 self._abort(peer, message)
+            case _:
+                assert_never(message)
 
     def _greet(self, peer: str, hello: Hello) -> str | None:
         refusal = refusal_of(hello, self._pool, self._weight_version)
@@ -220,11 +227,17 @@ class Sender:
         except TransferError as error:
             return str(error)
         self._peers[peer] = hello.pool
+        self._refusals.pop(peer, None)
         return None
 
     def _ask(self, peer: str, request: KvRequest) -> None:
         room = self._rooms.get(request.room)
-        if refusal := self._refusal(peer, request, room):
+        if peer in self._refusals:
+            self._send_closed(peer, request.room, request.generation, self._refusals[peer])
+        elif peer not in self._peers:
+            unknown = "the prefill worker has no handshake with this decode worker"
+            self._send_closed(peer, request.room, request.generation, unknown, stage="handshake")
+        elif refusal := self._refusal(peer, request, room):
             self._send_closed(peer, request.room, request.generation, refusal)
         elif room is None:
             deadline = self._now + self._options.lease_s
@@ -236,9 +249,7 @@ class Sender:
             self.num_dropped += 1  # a duplicate
 
     def _refusal(self, peer: str, request: KvRequest, room: _Room | None) -> str | None:
-        pool = self._peers.get(peer)
-        if pool is None:
-            return "the prefill worker has no handshake with this decode worker"
+        pool = self._peers[peer]
         if request.room in self._tombstones:
             return "the prefill worker has closed this room"
         if room is not None and room.peer not in (None, peer):
@@ -259,10 +270,13 @@ class Sender:
             self._bury(abort.room)
         elif room.request is None:
             self._drain(abort.room, room, _GIVEN_UP)  # given up before it was asked for
-        self._send_closed(peer, abort.room, abort.generation, None)
+        if abort.generation > 0:
+            self._send_closed(peer, abort.room, abort.generation, None)
 
-    def _send_closed(self, peer: str, room: int, generation: int, error: str | None) -> None:
-        self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage="transfer"))
+    def _send_closed(
+        self, peer: str, room: int, generation: int, error: str | None, *, stage: str = "transfer"
+    ) -> None:
+        self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage=stage))
 
     # -------------------------------------------------------------------------------------------- rooms
 

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple, assert_never
 
+from msgspec.structs import replace
+
 from common.errors import RequestError, RequestFailed
 from common.messages import (
     Abort,
@@ -43,6 +45,7 @@ class EngineClient:
 
     def __init__(self, channel: FrontendChannel) -> None:
         self._channel = channel
+        self._open: set[str] = set()
         self._updates: dict[str, asyncio.Queue[Update]] = {}
         self._stats: dict[int, asyncio.Future[Stats]] = {}
         self._serials = itertools.count()
@@ -61,7 +64,8 @@ class EngineClient:
         for rid, queue in self._updates.items():
             queue.put_nowait(Failed(rid, ErrorReport.of(RequestFailed(message, stage="engine"), rid=rid)))
         for waiting in self._stats.values():
-            waiting.cancel()
+            if not waiting.done():
+                waiting.set_exception(RequestFailed(message, stage="engine"))
 
     @asynccontextmanager
     async def generate(self, message: Generate) -> AsyncIterator[AsyncIterator[Update]]:
@@ -69,11 +73,15 @@ class EngineClient:
 
         Raises RequestError if the rid is in use, RequestFailed if the engine is gone.
         """
-        if message.rid in self._updates:
+        if message.rid in self._open:
             raise RequestError("rid", f"{message.rid!r} is in use by another request")
         if self._failure is not None:
             raise RequestFailed(self._failure, stage="engine")
-        queue = self._updates[message.rid] = asyncio.Queue()
+        # The engine knows each run by a name of its own: when a client leaves and comes back with the same rid, what the
+        # engine has said of the first run may still be on its way, and is not the second one's.
+        run = f"{message.rid}~{next(self._serials)}"
+        queue = self._updates[run] = asyncio.Queue()
+        self._open.add(message.rid)
         ended = False
 
         async def updates() -> AsyncIterator[Update]:
@@ -81,15 +89,16 @@ class EngineClient:
             while not ended:
                 update = await queue.get()
                 ended = isinstance(update, Ended | Failed)
-                yield update
+                yield _renamed(update, message.rid)
 
-        self._channel.send(message)
+        self._channel.send(replace(message, rid=run))
         try:
             yield updates()
         finally:
-            del self._updates[message.rid]
+            del self._updates[run]
+            self._open.remove(message.rid)
             if not ended:
-                self._channel.send(Abort(message.rid))
+                self._channel.send(Abort(run))
 
     async def stats(self) -> Stats:
         """Ask the engine for its statistics; raises RequestFailed if it is gone."""
@@ -128,3 +137,16 @@ class EngineClient:
         queue = self._updates.get(rid)
         if queue is not None:  # else the client has left, and the abort has crossed this
             queue.put_nowait(update)
+
+
+def _renamed(update: Update, rid: str) -> Update:
+    """Put the client's rid in the place of the run's."""
+    match update:
+        case Tokens():
+            return replace(update, rid=rid)
+        case Ended():
+            return Ended(replace(update.finished, rid=rid), update.rows)
+        case Failed():
+            return Failed(rid, replace(update.error, rid=rid))
+        case _:
+            assert_never(update)

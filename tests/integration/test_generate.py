@@ -111,6 +111,23 @@ async def test_a_prompt_is_only_scored(client: Client, judge: Judge):
     assert np.array_equal(np.sort(reply.rows), np.sort(expected))
 
 
+async def test_a_scored_prompt_with_every_row_held_already(client: Client):
+    body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 0}, "routed_experts_start_len": len(PROMPT)}
+    reply = await client.generate(**body, **ROWS)
+    assert reply.meta["routed_experts"] == ""
+    assert reply.rows.shape[0] == 0
+
+
+async def test_a_wrong_bootstrap_address_is_the_clients_mistake(stack: Stack):
+    [decode] = [command for command in stack.plan.commands if command.role == "decode"]
+    async with Client(decode.url) as worker:
+        body = {"input_ids": PROMPT, "bootstrap_host": "a b", "bootstrap_port": 1, "bootstrap_room": 5}
+        error = await worker.error(body)
+        assert error["status"] == 400
+        assert "a b" in error["message"]
+        assert (await worker.get("/health_generate"))[0] == 200
+
+
 async def test_sampling_repeats_itself_and_follows_its_seed(client: Client, judge: Judge):
     params = {"max_new_tokens": 12, "temperature": 1.0, "ignore_eos": True}
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.replay.workload import load_tokenizer
 from deploy.stack import Stack, running_stack
 from tests.support.documents import REPOSITORY, fenced_blocks
 from tests.support.judge import Judge, Tally
@@ -58,32 +59,26 @@ def test_the_examples_are_found():
     assert len(CURL) == 1
 
 
-def test_every_example_gives_the_rows_of_the_reference(stack: Stack, judge_of: Callable[[str], Judge]):
+def test_every_example_gives_the_rows_of_the_reference(
+    stack: Stack, checkpoint_of: Callable[[str], Path], judge_of: Callable[[str], Judge]
+):
     """All examples ask the same greedy question: the same rows, in each form, and the right ones."""
     reply = run_curl(stack, CURL[0])
     meta, output_ids = reply["meta_info"], reply["output_ids"]
     from_curl = np.frombuffer(base64.b64decode(meta["routed_experts"]), "<i4").reshape(meta["routed_experts_shape"])
     from_json, from_msgpack = (run_python(stack, block) for block in PYTHON)
 
-    prompt = judge_of(SHAPE)
     assert from_curl.shape[:2] == (meta["prompt_tokens"] + len(output_ids) - 1, NUM_LAYERS)
     assert np.array_equal(from_json["rows"], from_curl)
     assert from_json["meta"]["routed_experts_moe_layer_ids"] == MOE_LAYERS
-    assert np.array_equal(from_msgpack["rows"].numpy(), from_curl[:, MOE_LAYERS])
+    rows = from_msgpack["rows"].numpy()
+    assert np.array_equal(rows, from_curl[:, MOE_LAYERS])
     assert from_msgpack["meta"]["routed_experts_layer_ids"] == MOE_LAYERS
 
+    prompt = load_tokenizer(str(checkpoint_of(SHAPE)))(from_json["body"]["text"]).input_ids
     tally = Tally()
-    text = from_json["body"]["text"]
-    prompt.add(tally, tokens_of(stack, text), output_ids, from_msgpack["rows"].numpy())
+    judge_of(SHAPE).add(tally, prompt, output_ids, rows)
     tally.assert_clean()
-
-
-def tokens_of(stack: Stack, text: str) -> list[int]:
-    """The prompt's tokens, by the checkpoint's own tokenizer."""
-    from transformers import AutoTokenizer
-
-    [model] = {flag.removeprefix("--model=") for c in stack.plan.commands for flag in c.arguments if flag.startswith("--model=")}
-    return list(AutoTokenizer.from_pretrained(model)(text).input_ids)
 
 
 def test_an_example_that_is_wrong_fails(stack: Stack):

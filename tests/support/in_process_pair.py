@@ -164,6 +164,7 @@ class InProcessPair:
         decode_role = DecodeWorker.on(engine, receiver.mailbox, receiver, Recorder(legs), verify_rows=verify_rows)
         self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, legs)
         self.sides = (self.prefill, self.decode)
+        self.sender = sender
         self.receiver = receiver
         self.decode_role = decode_role
         self.decode_link = decode_link
@@ -229,15 +230,19 @@ class InProcessPair:
     # ---------------------------------------------------------------------------------------- checks
 
     def check_pages(self) -> None:
-        """Recount both pools: nothing running, nothing in quarantine, nothing leaked, no row of the table lost."""
+        """Recount both pools: nothing is held, nothing leaked, no row of the table lost."""
         for side in self.sides:
-            pages = side.role.stats(0).pages
-            assert pages.unaccounted == 0
-            assert pages.running == 0
-            assert pages.quarantined == 0
-            assert pages.free + pages.cached == pages.total
-            assert side.engine.table.num_free == side.engine.capacity.max_running_requests
-            assert side.endpoint.num_rooms == 0
+            self.check_nothing_held(side)
+
+    def check_nothing_held(self, side: Side) -> None:
+        """Recount one pool."""
+        pages = side.role.stats(0).pages
+        assert pages.unaccounted == 0
+        assert pages.running == 0
+        assert pages.quarantined == 0
+        assert pages.free + pages.cached == pages.total
+        assert side.engine.table.num_free == side.engine.capacity.max_running_requests
+        assert side.endpoint.num_rooms == 0
 
 
 class Recorder:

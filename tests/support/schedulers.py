@@ -37,7 +37,8 @@ class _Run:
     def give_back(self, request: Request) -> None:
         """Let go of a request that is out of the scheduler, now or when its last step has settled."""
         if request.steps_in_flight > 0:
-            request.advance(RequestState.SURPLUS)
+            if request.state is not RequestState.SURPLUS:
+                request.advance(RequestState.SURPLUS)
             return
         self.seats.give_back_row(request)
         self.seats.give_back_pages(request)
@@ -50,9 +51,7 @@ class _Run:
         for entry in self.in_flight.popleft().entries:
             entry.request.steps_in_flight -= 1
             if entry.request.state is RequestState.SURPLUS:
-                if entry.request.steps_in_flight == 0:
-                    entry.request.state = RequestState.RUNNING  # so that `give_back` may end it
-                    self.give_back(entry.request)
+                self.give_back(entry.request)
                 continue
             entry.request.computed_tokens = entry.stop
             wanted.append(entry.request)

@@ -167,7 +167,18 @@ def test_layouts_that_differ_are_refused(checkpoint: Path):
     pair.receiver._hello = replace(hello, pool=replace(hello.pool, layout="other"))
     pair.submit("r", [1, 2, 3], options_of(4))
     pair.settle()
-    assert "handshake" in failed_error(pair, "decode").message
+    assert "KV layouts differ" in failed_error(pair, "decode").message
+    pair.check_nothing_held(pair.decode)
+
+
+def test_a_prefill_worker_that_was_restarted_is_greeted_again(checkpoint: Path):
+    """A new process at the old address has never heard of this worker: it is told who asks, and the request goes on."""
+    pair = InProcessPair(checkpoint, transfer=OPTIONS)
+    [first] = pair.run([([1, 2, 3], options_of(4))])
+    pair.sender._peers.clear()
+    [second] = pair.run([([1, 2, 3], options_of(4))])
+    assert second.output_ids == first.output_ids
+    pair.check_pages()
 
 
 @pytest.mark.parametrize("seed", range(6))
