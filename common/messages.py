@@ -27,11 +27,23 @@ RowDtype = Literal["uint8", "uint16"]
 class SamplingParams(Struct, frozen=True, kw_only=True):
     """How tokens are drawn; validated by `common.protocol.generate`, trusted everywhere below it."""
 
+    n: int = 1
+    """Samples of the prompt; sample i draws with seed + i."""
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
+    """End-of-sequence and stop tokens cannot be drawn before."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop: tuple[str, ...] = ()
+    """Strings that end the text; the frontend finds them, and they and what follows are cut off the text."""
+    no_stop_trim: bool = False
+    """Keep the stop string or stop token in the text."""
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     skip_special_tokens: bool = True
@@ -45,17 +57,27 @@ class RequestOptions(Struct, frozen=True, kw_only=True):
     sampling: SamplingParams = SamplingParams()
     stream: bool = False
     return_logprob: bool = False
+    logprob_start_len: int = -1
+    """First prompt position whose logprob is wanted; -1: none of the prompt."""
+    top_logprobs_num: int = 0
+    """How many of the likeliest tokens to report at each position besides the drawn one."""
+    return_text_in_logprobs: bool = False
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
     routed_experts_dtype: Literal["int32", "auto"] = "int32"
 
 
 class Bootstrap(Struct, frozen=True):
-    """Where the decode leg finds the prefill leg of its sample: the prefill worker's ZMQ address and the room."""
+    """Where the decode leg finds the prefill leg: the prefill worker's ZMQ address, and a room for each of the n samples."""
 
     host: str
     port: int
-    room: int
+    rooms: tuple[int, ...]
+
+    @property
+    def room(self) -> int:
+        """The first sample's room, with which all of the prompt's pages travel."""
+        return self.rooms[0]
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -158,8 +180,29 @@ class Abort(Struct, frozen=True, tag=True):
     rid: str
 
 
+class FinishNow(Struct, frozen=True, tag=True):
+    """Somebody asked for the request's end: answer each of its samples with what it has, and the reason `abort`."""
+
+    rid: str
+
+
+class StopAt(Struct, frozen=True, tag=True, kw_only=True):
+    """The frontend has found a stop string: the sample's answer is its first `num_tokens` tokens."""
+
+    rid: str
+    index: int
+    num_tokens: int
+    matched: str
+
+
 class GetStats(Struct, frozen=True, tag=True):
     """Ask for one `Stats` with the same serial."""
+
+    serial: int
+
+
+class FlushCache(Struct, frozen=True, tag=True):
+    """Forget all cached prefixes; answered by `CacheFlushed` with the same serial once no transfer is in flight."""
 
     serial: int
 
@@ -168,7 +211,7 @@ class Shutdown(Struct, frozen=True, tag=True):
     """Leave the loop and exit with code 0."""
 
 
-FrontendToEngine = Generate | Abort | GetStats | Shutdown
+FrontendToEngine = Generate | Abort | FinishNow | StopAt | GetStats | FlushCache | Shutdown
 
 
 # ------------------------------------------------------------------------------------------------ engine -> frontend
@@ -192,34 +235,60 @@ class EngineReady(Struct, frozen=True, tag=True, kw_only=True):
     weight_version: str
 
 
+TopLogprobs = list[tuple[float, int]]
+"""The likeliest tokens at one position, likeliest first: `(logprob, token id)`."""
+
+
+class PromptLogprobs(Struct, frozen=True):
+    """Logprobs of the prompt's own tokens at positions `[logprob_start_len, P)`; None for position 0, which nothing predicts."""
+
+    logprobs: list[float | None]
+    token_ids: list[int]
+    top_logprobs: list[TopLogprobs | None]
+    """Empty if none were asked for."""
+
+
 class Tokens(Struct, frozen=True, tag=True):
-    """Tokens that were just settled, for a request that streams; logprobs only if asked for."""
+    """Tokens of sample `index` that were just settled, for a request that streams or has stop strings."""
 
     rid: str
     token_ids: list[int]
     logprobs: list[float]
+    index: int = 0
+    top_logprobs: list[TopLogprobs] = []
 
 
 class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Why a sample ended: `stop` with the token id that matched, or `length` with the number of tokens."""
+    """Why a sample ended.
 
-    type: Literal["stop", "length"]
-    matched: int | None = None
+    `stop` with the token id or the string that matched, `length` with the number of tokens, or `abort` with a message and a
+    cause: `requested` is an answer, anything else a failure.
+    """
+
+    type: Literal["stop", "length", "abort"]
+    matched: int | str | None = None
     length: int | None = None
+    message: str | None = None
+    cause: str | None = None
 
 
 class Finished(Struct, frozen=True, tag=True, kw_only=True):
-    """A sample's end. The message's extra frame holds the rows of `rows`, if any were asked for.
+    """A sample's end. The message's extra frame holds the rows of `rows`, if there are any.
 
-    `token_ids` are all output tokens that this leg knows: the first one on a prefill leg, all G on a decode leg.
+    `token_ids` are all output tokens that this leg knows: the first one of each of the n samples on a prefill leg, which ends
+    once; all G of sample `index` on a decode leg, which ends n times. Rows are absent if none were asked for, and when an abort
+    came before the prompt's rows existed.
     """
 
     rid: str
+    index: int = 0
     prompt_tokens: int
     cached_tokens: int
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
+    top_logprobs: list[TopLogprobs] = []
+    prompt_logprobs: PromptLogprobs | None = None
     rows: RowHeader | None = None
     timings: dict[str, float] = {}
 
@@ -259,9 +328,17 @@ class Stats(Struct, frozen=True, tag=True, kw_only=True):
     kv_writes: int
     rooms: int
     dropped_messages: int
+    swaps: int = 0
 
 
-EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats
+class CacheFlushed(Struct, frozen=True, tag=True):
+    """The prefix cache is empty, or `refusal` says why it is not."""
+
+    serial: int
+    refusal: str | None = None
+
+
+EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlushed
 
 
 # ------------------------------------------------------------------------------------------------ decode -> prefill
@@ -290,10 +367,14 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
-    """Write the prompt's KV of `room` into these pages, in order. Sent before or after the prefill leg itself arrives."""
+    """Write the prompt's KV of `room`, from its page number `first_page` on, into these pages, in order.
+
+    Sent before or after the prefill leg itself arrives. The pages before `first_page` come with another sample's room.
+    """
 
     room: int
     generation: int
+    first_page: int = 0
     pages: list[int]
     prompt_tokens: int
     prompt_digest: bytes
@@ -327,6 +408,7 @@ class FirstToken(Struct, frozen=True, kw_only=True):
 
     token_id: int
     logprob: float
+    top_logprobs: TopLogprobs = []
 
 
 class KvDone(Struct, frozen=True, tag=True, kw_only=True):

@@ -36,7 +36,14 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         peer_id=peer_id,
         weight_version=engine.weight_version,
     )
-    worker = DecodeWorker.on(engine, receiver.mailbox, receiver, channel.send, verify_rows=config.engine.verify_rows)
+    worker = DecodeWorker(
+        engine,
+        receiver.mailbox,
+        receiver,
+        channel.send,
+        verify_rows=config.engine.verify_rows,
+        wake=channel.wake,
+    )
     transfer = TransferThread(receiver, channel.wake)
     transfer.start()
     channel.send(describe(engine))

@@ -1,7 +1,11 @@
-"""What a decode worker runs next: every running request, one token each; and who may start, in the order they came.
+"""What a decode worker runs next: every running request, one token each; who may start, and who must give way.
 
-A request is admitted when there are pages for its prompt and for all the tokens that it may generate, so that a running
-request never runs out of memory.
+Requests are admitted in the order they came, on pages for their prompt and one token; later pages are taken as the tokens come.
+When there are none left, the youngest running request gives way: it sits out until its last step has settled, and is swapped to
+host memory. It comes back, before anyone new is admitted, as soon as there is room. The eldest never gives way, so there is
+always one that gets on.
+
+The n samples of a prompt are admitted together: they share its full pages, and each has a last, partial page of its own.
 """
 
 from collections import deque
@@ -10,61 +14,171 @@ from common.engine.seats import Seats
 from common.memory.page_allocator import PageAllocator
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
+from decode_worker.swap import SwapSpace
+
+Siblings = tuple[Request, ...]
+"""The samples of one prompt, by index."""
 
 
 class DecodeScheduler:
-    """Admits requests and plans their steps."""
+    """Admits requests, plans their steps, and decides who gives way."""
 
-    def __init__(self, allocator: PageAllocator, seats: Seats, *, page_size: int) -> None:
-        self.waiting: deque[Request] = deque()
+    def __init__(self, allocator: PageAllocator, seats: Seats, swap_space: SwapSpace, *, page_size: int) -> None:
+        self.waiting: deque[Siblings] = deque()
         self.running: list[Request] = []
+        """Eldest first."""
+        self.swapped: deque[Request] = deque()
+        """Eldest first."""
+        self._yielding: set[Request] = set()
+        self._order: dict[Request, int] = {}
+        self._num_started = 0
         self._allocator = allocator
         self._seats = seats
+        self._swap_space = swap_space
         self._page_size = page_size
 
-    def add(self, request: Request) -> None:
-        """Queue a request."""
-        self.waiting.append(request)
+    # -------------------------------------------------------------------------------------------- admission
 
-    def admit(self) -> list[Request]:
-        """Seat waiting requests while there is room; the caller fetches their KV."""
-        admitted: list[Request] = []
-        while self.waiting and self._seats.any_free:
-            request = self.waiting[0]
-            pages = self._allocator.allocate(self._pages_for(request))
+    def add(self, siblings: Siblings) -> None:
+        """Queue the samples of a prompt."""
+        self.waiting.append(siblings)
+
+    def pages_to_admit(self, siblings: Siblings) -> int:
+        """How many pages must be free for these to be admitted."""
+        own = self._pages_for(siblings[0].num_prompt_tokens + 1) - self._num_shared(siblings)
+        return self._num_shared(siblings) + own * len(siblings)
+
+    def admit(self) -> list[Siblings]:
+        """Seat waiting requests while there is room and nobody is swapped; the caller fetches their KV."""
+        admitted: list[Siblings] = []
+        while self.waiting and not self.swapped and not self._yielding:
+            siblings = self.waiting[0]
+            if self._seats.num_free < len(siblings):
+                break
+            pages = self._allocate_with_headroom(self.pages_to_admit(siblings))
             if pages is None:
                 break
             self.waiting.popleft()
-            self._seats.take(request, pages)
-            request.advance(RequestState.RECEIVING)
-            admitted.append(request)
+            self._seat(siblings, pages)
+            admitted.append(siblings)
         return admitted
+
+    def _seat(self, siblings: Siblings, pages: list[int]) -> None:
+        num_shared = self._num_shared(siblings)
+        shared, own = pages[:num_shared], pages[num_shared:]
+        num_own = len(own) // len(siblings)
+        for index, request in enumerate(siblings):
+            if index > 0:
+                self._allocator.share(shared)
+            self._seats.take(request, shared + own[index * num_own : (index + 1) * num_own])
+            request.advance(RequestState.RECEIVING)
+            self._order[request] = self._num_started
+            self._num_started += 1
+
+    def num_shared_pages(self, request: Request) -> int:
+        """How many pages a sample after the first shares with it."""
+        return request.num_prompt_tokens // self._page_size if request.index > 0 else 0
 
     def start(self, request: Request, *, computed_tokens: int) -> None:
         """Let a request take part in steps: the KV of its first `computed_tokens` positions is here."""
         request.advance(RequestState.RUNNING)
         request.planned_tokens = request.computed_tokens = computed_tokens
-        self.running.append(request)
-
-    def plan(self) -> StepPlan | None:
-        """One token for every running request that may still yield one; the last one is never computed upon."""
-        entries: list[StepEntry] = []
-        for request in self.running:
-            start = request.planned_tokens
-            if start < request.max_total_tokens - 1:
-                entries.append(StepEntry(request, start, start + 1, samples=True))
-                request.planned_tokens = start + 1
-                request.steps_in_flight += 1
-        return StepPlan(tuple(entries)) if entries else None
+        self._join(request)
 
     def remove(self, request: Request) -> None:
         """Take a request out of the queue or out of later steps; what it holds stays its own."""
-        if request.state is RequestState.QUEUED:
-            self.waiting.remove(request)
-        elif request.state is RequestState.RUNNING:
-            self.running.remove(request)
+        match request.state:
+            case RequestState.QUEUED:
+                self.waiting = deque(siblings for siblings in self.waiting if request not in siblings)
+            case RequestState.RUNNING:
+                self.running.remove(request)
+            case RequestState.SWAPPED:
+                self.swapped.remove(request)
+                self._swap_space.drop(request)
+            case _:
+                pass
+        self._yielding.discard(request)
+        self._order.pop(request, None)
 
-    def _pages_for(self, request: Request) -> int:
-        # The last token that a request may generate never enters a forward pass, so it takes no slot.
-        most_tokens = max(request.num_prompt_tokens, request.max_total_tokens - 1)
-        return -(-most_tokens // self._page_size)
+    # -------------------------------------------------------------------------------------------- steps
+
+    def plan(self) -> StepPlan | None:
+        """One token for every running request that may still yield one; the last one is never computed upon."""
+        self._swap_settled()
+        entries = self._plan_running()
+        # Who is swapped comes back to what those who run have left over.
+        if self._bring_back() and not entries:
+            entries = self._plan_running()
+        return StepPlan(tuple(entries)) if entries else None
+
+    def _plan_running(self) -> list[StepEntry]:
+        entries: list[StepEntry] = []
+        for request in list(self.running):
+            start = request.planned_tokens
+            if request in self._yielding or start >= request.max_total_tokens - 1:
+                continue
+            # Covering an elder one may just have swapped this one out.
+            if request.state is RequestState.RUNNING and self._cover(request, start + 1):
+                entries.append(StepEntry(request, start, start + 1, samples=1))
+                request.planned_tokens = start + 1
+                request.steps_in_flight += 1
+        return entries
+
+    def _cover(self, request: Request, num_tokens: int) -> bool:
+        """Make sure that the request has pages for `num_tokens` tokens; False if it has to sit this step out."""
+        while len(request.pages) < self._pages_for(num_tokens):
+            pages = self._allocator.allocate(1)
+            if pages is not None:
+                self._seats.grow(request, pages)
+                continue
+            victim = self.running[-1]
+            if victim in self._yielding:
+                return False  # somebody is about to make room
+            if victim is request and len(self.running) == 1:
+                return False  # what is taken is being received or in quarantine, and comes free without a victim
+            self._yielding.add(victim)
+            self._swap_settled()
+            if victim is request:
+                return False
+        return True
+
+    def _swap_settled(self) -> None:
+        """Swap out whoever gives way and has no step in flight any more."""
+        for request in [r for r in self._yielding if r.steps_in_flight == 0]:
+            self._yielding.discard(request)
+            self.running.remove(request)
+            self._swap_space.out(request)
+            self._insert(self.swapped, request)
+
+    def _bring_back(self) -> bool:
+        """Seat swapped requests again, eldest first, while there is room for them; whether any came back."""
+        any_back = False
+        while self.swapped and not self._yielding and self._seats.num_free > 0:
+            request = self.swapped[0]
+            pages = self._allocate_with_headroom(self._pages_for(request.computed_tokens + 1))
+            if pages is None:
+                break
+            self.swapped.popleft()
+            self._swap_space.back(request, pages)
+            self._join(request)
+            any_back = True
+        return any_back
+
+    def _allocate_with_headroom(self, num_pages: int) -> list[int] | None:
+        """Allocate only if a page for each running request is left over, or somebody would have to give way at once."""
+        if self._allocator.num_free < num_pages + len(self.running):
+            return None
+        return self._allocator.allocate(num_pages)
+
+    def _join(self, request: Request) -> None:
+        self._insert(self.running, request)
+
+    def _insert(self, ordered: "list[Request] | deque[Request]", request: Request) -> None:
+        place = sum(self._order[other] < self._order[request] for other in ordered)
+        ordered.insert(place, request)
+
+    def _num_shared(self, siblings: Siblings) -> int:
+        return siblings[0].num_prompt_tokens // self._page_size if len(siblings) > 1 else 0
+
+    def _pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)

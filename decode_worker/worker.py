@@ -1,33 +1,39 @@
 """The decode role: what an engine does with prompts that another worker has prefilled.
 
-It offers pages, waits for the KV and the first token, generates the rest, and answers with all tokens and with the rows
-`[P, P+G-1)`. Runs in the engine's thread. Neighbours: `decode_worker.scheduler` (what runs next), `transfer.receiver` (where
-the KV comes from), `common.engine.loop` (which calls `plan` and `on_settled`).
+It offers pages, waits for the KV and the first token, generates the rest, and answers each sample with all its tokens and with
+the rows `[P, P+G-1)`. Runs in the engine's thread. Neighbours: `decode_worker.scheduler` (what runs next), `transfer.receiver`
+(where the KV comes from), `common.engine.loop` (which calls `plan` and `on_settled`).
 """
 
+from collections.abc import Callable
 from typing import assert_never
 
+from common.engine.collector import RowCollector, Rows
 from common.engine.engine import Engine
-from common.engine.loop import Reply
+from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
-from common.engine.step import StepResult
+from common.engine.step import Sampled, StepResult
 from common.errors import RequestError, RowsError
 from common.messages import (
     Abort,
     Bootstrap,
+    CacheFlushed,
     ErrorReport,
     Failed,
     Finished,
+    FinishNow,
     FinishReason,
+    FlushCache,
     Generate,
-    RowBlock,
     Stats,
+    StopAt,
     Tokens,
 )
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepPlan
 from common.wire import address
-from decode_worker.scheduler import DecodeScheduler
+from decode_worker.scheduler import DecodeScheduler, Siblings
+from decode_worker.swap import SwapSpace
 from transfer.handshake import prompt_digest
 from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox
 
@@ -35,72 +41,89 @@ from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv
 class DecodeWorker:
     """One engine's generations, from the frontend's `Generate` to the last page given back."""
 
-    @classmethod
-    def on(
-        cls,
-        engine: Engine,
-        mailbox: ReceiverMailbox,
-        transfer: TransferCounters,
-        reply: Reply,
-        *,
-        verify_rows: bool,
-    ) -> "DecodeWorker":
-        """Compose the role on an engine."""
-        scheduler = DecodeScheduler(engine.allocator, engine.seats, page_size=engine.capacity.page_size)
-        return cls(engine, scheduler, mailbox, transfer, reply, verify_rows=verify_rows)
-
     def __init__(
         self,
         engine: Engine,
-        scheduler: DecodeScheduler,
         mailbox: ReceiverMailbox,
         transfer: TransferCounters,
         reply: Reply,
         *,
         verify_rows: bool,
+        wake: Callable[[], None] | None = None,
     ) -> None:
         self._engine = engine
-        self._scheduler = scheduler
         self._seats = engine.seats
+        self._swap_space = SwapSpace(engine)
+        self._scheduler = DecodeScheduler(
+            engine.allocator, engine.seats, self._swap_space, page_size=engine.capacity.page_size
+        )
+        self._collector = RowCollector(engine, verified=verify_rows, wake=wake)
         self._mailbox = mailbox
         self._transfer = transfer
         self._reply = reply
-        self._verify_rows = verify_rows
         self._eos_token_ids = frozenset(engine.config.eos_token_ids)
-        self._requests: dict[str, Request] = {}
+        self._requests: dict[str, set[Request]] = {}
+        """The samples of each rid that have not been answered."""
         self._rooms: dict[int, Request] = {}
-        self._num_rows_refused = 0
+        self._arrived: dict[Request, KvArrived] = {}
+        """Samples whose own KV is here, while that of the pages they share is not."""
+        self._leaders: dict[Request, Request] = {}
+        """For each sample that shares pages, the one whose room brings them, until they are here."""
 
     # -------------------------------------------------------------------------------------------- messages
 
-    def handle(self, message: Generate | Abort) -> None:
-        """Take a request in, or give one up."""
+    def handle(self, message: RoleMessage) -> None:
+        """Take a request in, or end one."""
         match message:
             case Generate():
                 self._start(message)
             case Abort():
-                request = self._requests.get(message.rid)
-                if request is not None:
+                for request in self._samples(message.rid):
                     self._leave(request)
+            case FinishNow():
+                reason = FinishReason(type="abort", message="aborted by request", cause="requested")
+                for request in self._samples(message.rid):
+                    self._finish(request, reason)
+            case StopAt():
+                for request in self._samples(message.rid):
+                    if request.index == message.index and request.state in _GENERATING:
+                        self._cut(request, message.num_tokens)
+                        self._finish(request, FinishReason(type="stop", matched=message.matched))
+            case FlushCache():
+                refusal = f"{len(self._requests)} requests are running" if self._requests else None
+                self._reply(CacheFlushed(message.serial, refusal))
             case _:
                 assert_never(message)
 
+    def _samples(self, rid: str) -> Siblings:
+        """The unanswered samples of a rid; one whose rows are being gathered is as good as answered."""
+        samples = self._requests.get(rid, ())
+        return tuple(request for request in samples if request.state is not RequestState.COLLECTING)
+
     def _start(self, message: Generate) -> None:
-        request = Request.of(message)
-        if message.bootstrap is not None:
-            room = message.bootstrap.room
-            if room in self._rooms:
-                error = RequestError("bootstrap_room", f"room {room} is in use by another request")
-                self._reply(Failed(message.rid, ErrorReport.of(error, leg="decode", rid=message.rid)))
-                return
+        siblings = tuple(Request.of(message, index) for index in range(message.options.sampling.n))
+        if refusal := self._refusal(message, siblings):
+            self._reply(Failed(message.rid, ErrorReport.of(refusal, leg="decode", rid=message.rid)))
+            return
+        for request, room in zip(siblings, siblings[0].rooms, strict=False):
             self._rooms[room] = request
-        self._requests[message.rid] = request
-        self._scheduler.add(request)
+        self._requests[message.rid] = set(siblings)
+        self._scheduler.add(siblings)
 
-    # -------------------------------------------------------------------------------------------- transfer
+    def _refusal(self, message: Generate, siblings: Siblings) -> RequestError | None:
+        for room in siblings[0].rooms:
+            if room in self._rooms:
+                return RequestError("bootstrap_room", f"room {room} is in use by another request")
+        capacity, num_pages = self._engine.capacity, self._scheduler.pages_to_admit(siblings)
+        if num_pages > capacity.num_pages or len(siblings) > capacity.max_running_requests:
+            self._cancel_rooms(siblings)
+            return RequestError("sampling_params.n", f"{len(siblings)} samples of this prompt do not fit this worker")
+        return None
 
-    def on_transfer_events(self) -> None:
-        """Take what the transfer has to say: KV that is here or will not come, pages that are safe again."""
+    # -------------------------------------------------------------------------------------------- other threads
+
+    def poll(self) -> None:
+        """Take what other threads have done: KV that is here or will not come, pages that are safe, rows gathered."""
         for event in self._mailbox.events():
             request = self._rooms[event.room]
             match event:
@@ -109,43 +132,64 @@ class DecodeWorker:
                 case KvLost():
                     self._fail(request, event.error)
                 case PagesQuiet():
-                    self._let_go(request, quiet=True)
+                    del self._rooms[event.room]
+                    self._let_go(request)
                 case _:
                     assert_never(event)
+        self._collector.poll()
 
     def _on_arrived(self, request: Request, event: KvArrived) -> None:
+        del self._rooms[event.room]
         if request.state is RequestState.QUARANTINED:
-            self._let_go(request, quiet=True)  # given up while the last words crossed
+            self._let_go(request)  # given up while the last words crossed
             return
+        self._arrived[request] = event
+        for follower in [f for f, leader in self._leaders.items() if leader is request]:
+            del self._leaders[follower]
+            self._begin(follower)
+        self._begin(request)
+
+    def _begin(self, request: Request) -> None:
+        """Let a sample run, once its own KV and that of the pages it shares are here."""
+        if request in self._leaders or request not in self._arrived:
+            return
+        event = self._arrived.pop(request)
         request.timings["pd_transfer_duration"] = event.seconds
         request.timings["pd_transfer_total_mb"] = event.num_bytes / 1e6
         self._scheduler.start(request, computed_tokens=request.num_prompt_tokens)
-        self._take_token(request, event.first_token.token_id, event.first_token.logprob)
+        first = event.first_token
+        self._take_token(request, Sampled(first.token_id, first.logprob, first.top_logprobs))
 
-    def _fetch(self, request: Request) -> None:
-        bootstrap = request.message.bootstrap
+    def _fetch(self, siblings: Siblings) -> None:
+        bootstrap = siblings[0].message.bootstrap
         if bootstrap is None:
             # The frontend's health check: one token, computed here as any generated one is.
-            assert request.num_prompt_tokens == 1, "only a prefill worker computes prompts"
-            self._scheduler.start(request, computed_tokens=0)
+            assert siblings[0].num_prompt_tokens == 1, "only a prefill worker computes prompts"
+            self._scheduler.start(siblings[0], computed_tokens=0)
             return
-        num_prompt_pages = -(-request.num_prompt_tokens // self._engine.capacity.page_size)
-        self._mailbox.submit(
-            ReceiveKv(
-                room=bootstrap.room,
-                source=_source_of(bootstrap),
-                pages=request.pages[:num_prompt_pages],
-                prompt_tokens=request.num_prompt_tokens,
-                prompt_digest=prompt_digest(request.prompt),
+        num_prompt_pages = -(-siblings[0].num_prompt_tokens // self._engine.capacity.page_size)
+        digest = prompt_digest(siblings[0].prompt)
+        for request, room in zip(siblings, bootstrap.rooms, strict=True):
+            first_page = self._scheduler.num_shared_pages(request)
+            if first_page > 0:
+                self._leaders[request] = siblings[0]
+            self._mailbox.submit(
+                ReceiveKv(
+                    room=room,
+                    source=_source_of(bootstrap),
+                    first_page=first_page,
+                    pages=request.pages[first_page:num_prompt_pages],
+                    prompt_tokens=request.num_prompt_tokens,
+                    prompt_digest=digest,
+                )
             )
-        )
 
     # -------------------------------------------------------------------------------------------- steps
 
     def plan(self) -> StepPlan | None:
         """Fetch the KV of whoever can be seated, then plan a step for those that run."""
-        for request in self._scheduler.admit():
-            self._fetch(request)
+        for siblings in self._scheduler.admit():
+            self._fetch(siblings)
         return self._scheduler.plan()
 
     def on_settled(self, result: StepResult) -> None:
@@ -153,19 +197,21 @@ class DecodeWorker:
         for entry, outcome in zip(result.plan.entries, result.outcomes, strict=True):
             request = entry.request
             request.steps_in_flight -= 1
-            if request.state is RequestState.SURPLUS:
-                self._let_go(request, quiet=True)
+            if request.state is not RequestState.RUNNING:
+                self._let_go(request)
                 continue
             request.computed_tokens = entry.stop
-            assert outcome.token_id is not None
-            self._take_token(request, outcome.token_id, outcome.logprob)
+            [sampled] = outcome.sampled
+            self._take_token(request, sampled)
 
-    def _take_token(self, request: Request, token_id: int, logprob: float) -> None:
+    def _take_token(self, request: Request, sampled: Sampled) -> None:
         options = request.message.options
+        token_id, logprob, top_logprobs = sampled
         request.output_ids.append(token_id)
         request.logprobs.append(logprob)
-        if options.stream:
-            self._reply(Tokens(request.rid, [token_id], [logprob]))
+        request.top_logprobs.append(top_logprobs)
+        if options.stream or options.sampling.stop:
+            self._reply(Tokens(request.rid, [token_id], [logprob], request.index, [top_logprobs]))
         reason = self._finish_reason(request, token_id)
         if reason is not None:
             self._finish(request, reason)
@@ -180,61 +226,91 @@ class DecodeWorker:
 
     # -------------------------------------------------------------------------------------------- endings
 
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        try:
-            rows = self._collect(request)
-        except RowsError as error:
-            self._num_rows_refused += 1
-            self._fail(request, ErrorReport.of(error, leg="decode", stage="decode", rid=request.rid))
-            return
-        finished = Finished(
-            rid=request.rid,
-            prompt_tokens=request.num_prompt_tokens,
-            cached_tokens=0,
-            token_ids=request.output_ids,
-            logprobs=request.logprobs,
-            finish_reason=reason,
-            rows=None if rows is None else rows.header,
-            timings=request.timings,
-        )
-        self._reply(finished, *(() if rows is None else (rows.data,)))
-        self._leave(request)
+    def _cut(self, request: Request, num_tokens: int) -> None:
+        for emitted in (request.output_ids, request.logprobs, request.top_logprobs):
+            del emitted[num_tokens:]
 
-    def _collect(self, request: Request) -> RowBlock | None:
-        if not request.message.options.return_routed_experts:
-            return None
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        """The sample has its last token: gather its rows, then answer."""
         start = request.num_prompt_tokens
         stop = start + len(request.output_ids) - 1
-        return self._engine.collect_rows(request, start, stop, verified=self._verify_rows)
+        if not request.output_ids:
+            self._answer(request, reason, None)  # aborted before its first token
+        elif request.state is RequestState.SWAPPED:
+            swapped = self._swap_space.rows_of(request, start, stop)
+            self._collector.collect_swapped(request, swapped, start, lambda rows: self._answer(request, reason, rows))
+        else:
+            self._scheduler.remove(request)
+            request.advance(RequestState.COLLECTING)
+            self._collector.collect(request, start, stop, lambda rows: self._answer(request, reason, rows))
+
+    def _answer(self, request: Request, reason: FinishReason, rows: Rows) -> None:
+        if request not in self._requests.get(request.rid, ()):
+            self._let_go(request)  # given up while its rows were gathered
+        elif isinstance(rows, RowsError):
+            self._fail(request, ErrorReport.of(rows, leg="decode", stage="decode", rid=request.rid))
+        else:
+            finished = Finished(
+                rid=request.rid,
+                index=request.index,
+                prompt_tokens=request.num_prompt_tokens,
+                cached_tokens=0,
+                token_ids=request.output_ids,
+                logprobs=request.logprobs,
+                top_logprobs=request.top_logprobs,
+                finish_reason=reason,
+                rows=None if rows is None else rows.header,
+                timings=request.timings,
+            )
+            self._reply(finished, *(() if rows is None else (rows.data,)))
+            self._leave(request)
 
     def _fail(self, request: Request, error: ErrorReport) -> None:
+        """One sample's failure is the failure of all."""
+        unanswered = self._requests.get(request.rid)
+        if unanswered is None or request not in unanswered:
+            return  # another sample's failure has ended this one too
         self._reply(Failed(request.rid, error))
-        self._leave(request)
+        for sample in list(unanswered):
+            self._leave(sample)
 
     def _leave(self, request: Request) -> None:
-        """The request has been answered, or nobody waits for an answer; it keeps only what is still in use."""
-        del self._requests[request.rid]
+        """The sample has been answered, or nobody waits for an answer; it keeps only what is still in use."""
+        unanswered = self._requests[request.rid]
+        unanswered.discard(request)
+        if not unanswered:
+            del self._requests[request.rid]
         self._scheduler.remove(request)
-        bootstrap = request.message.bootstrap
-        if bootstrap is not None and request.state in (RequestState.QUEUED, RequestState.RECEIVING):
-            self._mailbox.submit(CancelKv(bootstrap.room, _source_of(bootstrap)))
-        self._let_go(request, quiet=request.state is not RequestState.RECEIVING)
+        self._arrived.pop(request, None)
+        self._leaders.pop(request, None)
+        if request.state in (RequestState.QUEUED, RequestState.RECEIVING):
+            self._cancel_rooms((request,))
+        self._let_go(request)
 
-    def _let_go(self, request: Request, *, quiet: bool) -> None:
-        """Give back what nothing touches any more; `quiet` says that no peer writes into the pages."""
-        bootstrap = request.message.bootstrap
+    def _cancel_rooms(self, samples: Siblings) -> None:
+        """Let the prefill worker know that nobody waits for these samples' KV any more."""
+        for request in samples:
+            bootstrap = request.message.bootstrap
+            if bootstrap is not None:
+                self._mailbox.submit(CancelKv(bootstrap.rooms[request.index], _source_of(bootstrap)))
+
+    def _let_go(self, request: Request) -> None:
+        """Give back what nothing touches any more: the row after the last step, the pages after rows and peers too."""
+        if self._collector.holds(request):
+            return
         if request.steps_in_flight > 0:
             if request.state is not RequestState.SURPLUS:
                 request.advance(RequestState.SURPLUS)
             return
         self._seats.give_back_row(request)
-        if not quiet:
-            request.advance(RequestState.QUARANTINED)
+        room = request.rooms[request.index] if request.rooms else None
+        if self._rooms.get(room or 0) is request and request.state is not RequestState.QUEUED:
+            if request.state is not RequestState.QUARANTINED:
+                request.advance(RequestState.QUARANTINED)
             return
+        self._rooms.pop(room or 0, None)
         self._seats.give_back_pages(request)
         request.advance(RequestState.ENDED)
-        if bootstrap is not None:
-            del self._rooms[bootstrap.room]
 
     # -------------------------------------------------------------------------------------------- statistics
 
@@ -244,10 +320,14 @@ class DecodeWorker:
             self._engine,
             self._transfer,
             serial=serial,
-            queued_requests=len(self._scheduler.waiting),
-            running_requests=len(self._scheduler.running),
-            rows_refused=self._num_rows_refused,
+            queued_requests=sum(map(len, self._scheduler.waiting)),
+            running_requests=len(self._scheduler.running) + len(self._scheduler.swapped),
+            rows_refused=self._collector.num_refused,
+            swaps=self._swap_space.num_swaps,
         )
+
+
+_GENERATING = (RequestState.RUNNING, RequestState.SWAPPED)
 
 
 def _source_of(bootstrap: Bootstrap) -> str:

@@ -40,8 +40,14 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         peer_id=peer_id,
         weight_version=engine.weight_version,
     )
-    worker = PrefillWorker.on(
-        engine, config.prefill, sender.mailbox, sender, channel.send, verify_rows=config.engine.verify_rows
+    worker = PrefillWorker(
+        engine,
+        config.prefill,
+        sender.mailbox,
+        sender,
+        channel.send,
+        verify_rows=config.engine.verify_rows,
+        wake=channel.wake,
     )
     transfer = TransferThread(sender, channel.wake)
     transfer.start()

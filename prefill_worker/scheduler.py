@@ -53,7 +53,7 @@ class PrefillScheduler:
         """Take a request out of the queue or out of later steps; what it holds stays its own."""
         if request.state is RequestState.QUEUED:
             self.waiting.remove(request)
-        else:
+        elif request.state is RequestState.RUNNING:
             self.running.remove(request)
 
     def _plan_chunk(self, request: Request, budget: int, entries: list[StepEntry]) -> int:
@@ -61,17 +61,25 @@ class PrefillScheduler:
         stop = min(request.num_prompt_tokens, start + budget)
         if start == stop:
             return 0
-        samples = stop == request.num_prompt_tokens and request.message.options.sampling.max_new_tokens > 0
+        sampling = request.message.options.sampling
+        samples = sampling.n if stop == request.num_prompt_tokens and sampling.max_new_tokens > 0 else 0
         entries.append(StepEntry(request, start, stop, samples))
         request.planned_tokens = stop
         request.steps_in_flight += 1
         return stop - start
 
+    def _cacheable_tokens(self, request: Request) -> int:
+        """A prompt token's logprob comes from the step that computes the position before it, so that one may not be a hit."""
+        options = request.message.options
+        if options.return_logprob and options.logprob_start_len >= 0:
+            return min(request.num_prompt_tokens, max(1, options.logprob_start_len))
+        return request.num_prompt_tokens
+
     def _admit(self, request: Request) -> bool:
-        if not self._seats.any_free:
+        if self._seats.num_free == 0:
             return False
         cache = self.prefix_cache
-        shared = cache.match(request.prompt) if cache is not None else []
+        shared = cache.match(request.prompt[: self._cacheable_tokens(request)]) if cache is not None else []
         num_missing = -(-request.num_prompt_tokens // self._page_size) - len(shared)
         if cache is not None and num_missing > self._allocator.num_free:
             cache.evict(num_missing - self._allocator.num_free)

@@ -1,28 +1,34 @@
 """The prefill role: what an engine does with prompts. It computes them, hands their KV over, and answers with their rows.
 
-Rows `[s, P)` and the first token leave as soon as the last chunk has settled; the pages stay until their transfer has ended.
-Runs in the engine's thread. Neighbours: `prefill_worker.scheduler` (what runs next), `transfer.sender` (the pages' way to the
-decode worker), `common.engine.loop` (which calls `plan` and `on_settled`).
+Rows `[s, P)` and the first token of each sample leave as soon as the last chunk has settled; the pages stay until their transfer
+has ended. Runs in the engine's thread. Neighbours: `prefill_worker.scheduler` (what runs next), `transfer.sender` (the pages'
+way to the decode worker), `common.engine.loop` (which calls `plan` and `on_settled`).
 """
 
+from collections.abc import Callable
 from typing import assert_never
 
+from common.engine.collector import RowCollector, Rows
 from common.engine.engine import Engine
-from common.engine.loop import Reply
+from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
-from common.engine.step import Outcome, StepResult
+from common.engine.step import Sampled, StepResult
 from common.errors import LegFailed, RequestError, RowsError
 from common.memory.prefix_cache import PrefixCache
 from common.messages import (
     Abort,
+    CacheFlushed,
     ErrorReport,
     Failed,
     Finished,
+    FinishNow,
     FinishReason,
     FirstToken,
+    FlushCache,
     Generate,
-    RowBlock,
+    PromptLogprobs,
     Stats,
+    StopAt,
 )
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
@@ -36,9 +42,8 @@ from transfer.sender import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomCl
 class PrefillWorker:
     """One engine's prompts, from the frontend's `Generate` to the last page given back."""
 
-    @classmethod
-    def on(
-        cls,
+    def __init__(
+        self,
         engine: Engine,
         options: PrefillOptions,
         mailbox: SenderMailbox,
@@ -46,41 +51,32 @@ class PrefillWorker:
         reply: Reply,
         *,
         verify_rows: bool,
-    ) -> "PrefillWorker":
-        """Compose the role on an engine: its scheduler and, if wanted, its prefix cache."""
-        page_size = engine.capacity.page_size
-        cache = PrefixCache(engine.allocator, page_size) if options.prefix_cache else None
-        scheduler = PrefillScheduler(
-            engine.allocator, engine.seats, cache, page_size=page_size, chunk_tokens=options.chunked_prefill_tokens
-        )
-        return cls(engine, scheduler, mailbox, transfer, reply, verify_rows=verify_rows)
-
-    def __init__(
-        self,
-        engine: Engine,
-        scheduler: PrefillScheduler,
-        mailbox: SenderMailbox,
-        transfer: TransferCounters,
-        reply: Reply,
-        *,
-        verify_rows: bool,
+        wake: Callable[[], None] | None = None,
     ) -> None:
+        page_size = engine.capacity.page_size
         self._engine = engine
-        self._scheduler = scheduler
         self._seats = engine.seats
+        self._cache = PrefixCache(engine.allocator, page_size) if options.prefix_cache else None
+        self._scheduler = PrefillScheduler(
+            engine.allocator,
+            engine.seats,
+            self._cache,
+            page_size=page_size,
+            chunk_tokens=options.chunked_prefill_tokens,
+        )
+        self._collector = RowCollector(engine, verified=verify_rows, wake=wake)
         self._mailbox = mailbox
         self._transfer = transfer
         self._reply = reply
-        self._verify_rows = verify_rows
         self._requests: dict[str, Request] = {}
         self._rooms: dict[int, Request] = {}
+        self._flushes: list[int] = []
         self._num_tokens_cached = 0
-        self._num_rows_refused = 0
 
     # -------------------------------------------------------------------------------------------- messages
 
-    def handle(self, message: Generate | Abort) -> None:
-        """Take a request in, or give one up."""
+    def handle(self, message: RoleMessage) -> None:
+        """Take a request in, end one, or flush the prefix cache."""
         match message:
             case Generate():
                 self._start(message)
@@ -88,30 +84,58 @@ class PrefillWorker:
                 request = self._requests.get(message.rid)
                 if request is not None:
                     self._give_up(request, "the prefill leg was cancelled")
+            case FinishNow():
+                request = self._requests.get(message.rid)
+                if request is not None and request.state is not RequestState.COLLECTING:
+                    self._finish_early(request)
+            case FlushCache():
+                self._flush(message.serial)
+            case StopAt():
+                pass  # stop strings are the decode leg's to find
             case _:
                 assert_never(message)
 
     def _start(self, message: Generate) -> None:
         request = Request.of(message)
-        if message.bootstrap is not None:
-            room = message.bootstrap.room
+        for room in request.rooms:
             if room in self._rooms:
                 error = RequestError("bootstrap_room", f"room {room} is in use by another request")
                 self._reply(Failed(message.rid, ErrorReport.of(error, leg="prefill", rid=message.rid)))
                 return
+        digest = prompt_digest(request.prompt)
+        for room in request.rooms:
             self._rooms[room] = request
-            self._mailbox.submit(OpenRoom(room, request.num_prompt_tokens, prompt_digest(request.prompt)))
+            self._mailbox.submit(OpenRoom(room, request.num_prompt_tokens, digest))
         self._requests[message.rid] = request
         self._scheduler.add(request)
 
-    def on_transfer_events(self) -> None:
-        """Take what the transfer has to say: rooms that have closed."""
+    def _flush(self, serial: int) -> None:
+        if self._requests:
+            self._reply(CacheFlushed(serial, f"{len(self._requests)} requests are running"))
+            return
+        self._flushes.append(serial)
+        self._finish_flushes()
+
+    def _finish_flushes(self) -> None:
+        """Empty the cache once no transfer reads its pages any more, and say so."""
+        if self._flushes and not self._seats.holders:
+            if self._cache is not None:
+                self._cache.evict(self._cache.num_pages)
+            for serial in self._flushes:
+                self._reply(CacheFlushed(serial))
+            self._flushes.clear()
+
+    # -------------------------------------------------------------------------------------------- other threads
+
+    def poll(self) -> None:
+        """Take what other threads have done: rooms that have closed, rows that have been gathered."""
         for event in self._mailbox.events():
             self._on_room_closed(event)
+        self._collector.poll()
 
     def _on_room_closed(self, event: RoomClosed) -> None:
         request = self._rooms.pop(event.room)
-        if request.rid in self._requests and request.state in (RequestState.QUEUED, RequestState.RUNNING):
+        if request.state in (RequestState.QUEUED, RequestState.RUNNING):
             error = LegFailed(event.error or "the room closed early", leg="prefill", stage="transfer")
             self._fail(request, error)
         elif request.state is RequestState.LEASED:
@@ -128,62 +152,76 @@ class PrefillWorker:
         for entry, outcome in zip(result.plan.entries, result.outcomes, strict=True):
             request = entry.request
             request.steps_in_flight -= 1
-            if request.state is RequestState.SURPLUS:
+            if request.state is not RequestState.RUNNING:
                 self._let_go(request)
                 continue
             request.computed_tokens = entry.stop
+            request.prompt_scores += outcome.scored.logprobs
+            request.prompt_tops += outcome.scored.top_logprobs
             self._report_pages(entry)
             if entry.stop == request.num_prompt_tokens:
-                self._finish(request, outcome)
+                self._finish(request, outcome.sampled)
 
     def _report_pages(self, entry: StepEntry) -> None:
-        request = entry.request
-        if request.message.bootstrap is None:
-            return
-        page_size = self._engine.capacity.page_size
+        request, page_size = entry.request, self._engine.capacity.page_size
         # The first chunk brings the cached prefix along.
         is_first = entry.start == request.cached_tokens
         begin = 0 if is_first else complete_pages(entry.start, request.num_prompt_tokens, page_size)
         end = complete_pages(entry.stop, request.num_prompt_tokens, page_size)
         if begin < end:
-            self._mailbox.submit(PagesReady(request.message.bootstrap.room, request.pages[begin:end]))
+            for room in request.rooms:
+                self._mailbox.submit(PagesReady(room, request.pages[begin:end]))
 
-    def _finish(self, request: Request, outcome: Outcome) -> None:
-        try:
-            rows = self._collect(request)
-        except RowsError as error:
-            self._num_rows_refused += 1
-            self._fail(request, error)
-            return
-        if self._scheduler.prefix_cache is not None:
-            self._scheduler.prefix_cache.insert(request.prompt, request.pages)
+    def _finish(self, request: Request, sampled: tuple[Sampled, ...]) -> None:
+        """The prompt is computed: keep it for later ones, hand each sample over, and gather the rows."""
+        self._scheduler.remove(request)
+        request.advance(RequestState.COLLECTING)
+        if self._cache is not None:
+            self._cache.insert(request.prompt, request.pages)
         self._num_tokens_cached += request.cached_tokens
-        tokens = [] if outcome.token_id is None else [outcome.token_id]
+        for room, (token_id, logprob, top_logprobs) in zip(request.rooms, sampled, strict=False):
+            first_token = FirstToken(token_id=token_id, logprob=logprob, top_logprobs=top_logprobs)
+            self._mailbox.submit(FinishRoom(room, first_token))
+        # A prompt that is only scored yields P - 1 rows: its last token would be the input of a step that never comes.
+        stop = request.num_prompt_tokens - (not sampled)
+        start = request.message.options.routed_experts_start_len
+        self._collector.collect(request, start, max(start, stop), lambda rows: self._answer(request, sampled, rows))
+
+    def _answer(self, request: Request, sampled: tuple[Sampled, ...], rows: Rows) -> None:
+        if request.rid not in self._requests:
+            self._let_go(request)  # given up while its rows were gathered
+        elif isinstance(rows, RowsError):
+            self._fail(request, rows)
+        else:
+            finished = Finished(
+                rid=request.rid,
+                prompt_tokens=request.num_prompt_tokens,
+                cached_tokens=request.cached_tokens,
+                token_ids=[token_id for token_id, _, _ in sampled],
+                logprobs=[logprob for _, logprob, _ in sampled],
+                top_logprobs=[top_logprobs for _, _, top_logprobs in sampled],
+                prompt_logprobs=_prompt_logprobs(request),
+                finish_reason=FinishReason(type="length", length=min(1, len(sampled))),
+                rows=None if rows is None else rows.header,
+            )
+            self._reply(finished, *(() if rows is None else (rows.data,)))
+            self._leave(request)
+
+    # -------------------------------------------------------------------------------------------- endings
+
+    def _finish_early(self, request: Request) -> None:
+        """Somebody asked for the end before the prompt was done: there is no token, and no complete rows."""
+        reason = FinishReason(type="abort", message="aborted by request", cause="requested")
         finished = Finished(
             rid=request.rid,
             prompt_tokens=request.num_prompt_tokens,
             cached_tokens=request.cached_tokens,
-            token_ids=tokens,
-            logprobs=[outcome.logprob] * len(tokens),
-            finish_reason=FinishReason(type="length", length=len(tokens)),
-            rows=None if rows is None else rows.header,
+            token_ids=[],
+            logprobs=[],
+            finish_reason=reason,
         )
-        self._reply(finished, *(() if rows is None else (rows.data,)))
-        if request.message.bootstrap is not None and outcome.token_id is not None:
-            first_token = FirstToken(token_id=outcome.token_id, logprob=outcome.logprob)
-            self._mailbox.submit(FinishRoom(request.message.bootstrap.room, first_token))
-        self._leave(request)
-
-    def _collect(self, request: Request) -> RowBlock | None:
-        options = request.message.options
-        if not options.return_routed_experts:
-            return None
-        # A prompt that is only scored yields P - 1 rows: its last token would be the input of a step that never comes.
-        stop = request.num_prompt_tokens - (options.sampling.max_new_tokens == 0)
-        start = options.routed_experts_start_len
-        return self._engine.collect_rows(request, start, max(start, stop), verified=self._verify_rows)
-
-    # -------------------------------------------------------------------------------------------- endings
+        self._reply(finished)
+        self._give_up(request, "aborted by request")
 
     def _fail(self, request: Request, error: Exception) -> None:
         self._reply(Failed(request.rid, ErrorReport.of(error, leg="prefill", stage="prefill", rid=request.rid)))
@@ -191,9 +229,9 @@ class PrefillWorker:
 
     def _give_up(self, request: Request, reason: str) -> None:
         """End a request without an answer of its own; the transfer is told to stop."""
-        bootstrap = request.message.bootstrap
-        if bootstrap is not None and bootstrap.room in self._rooms:
-            self._mailbox.submit(CancelRoom(bootstrap.room, reason))
+        for room in request.rooms:
+            if room in self._rooms:
+                self._mailbox.submit(CancelRoom(room, reason))
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
@@ -203,32 +241,46 @@ class PrefillWorker:
         self._let_go(request)
 
     def _let_go(self, request: Request) -> None:
-        """Give back what nothing touches any more: the row after the last step, the pages after the transfer too."""
+        """Give back what nothing touches any more: the row after the last step, the pages after rows and transfer too."""
+        if self._collector.holds(request):
+            return
         if request.steps_in_flight > 0:
             if request.state is not RequestState.SURPLUS:
                 request.advance(RequestState.SURPLUS)
             return
         self._seats.give_back_row(request)
-        bootstrap = request.message.bootstrap
-        if bootstrap is not None and bootstrap.room in self._rooms and request.pages:
+        if request.pages and any(room in self._rooms for room in request.rooms):
             if request.state is not RequestState.LEASED:
                 request.advance(RequestState.LEASED)
             return
         self._seats.give_back_pages(request)
         request.advance(RequestState.ENDED)
+        self._finish_flushes()
 
     # -------------------------------------------------------------------------------------------- statistics
 
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""
-        cache = self._scheduler.prefix_cache
         return make_stats(
             self._engine,
             self._transfer,
             serial=serial,
             queued_requests=len(self._scheduler.waiting),
             running_requests=len(self._scheduler.running),
-            cached_pages=() if cache is None else cache.pages(),
+            cached_pages=() if self._cache is None else self._cache.pages(),
             tokens_cached=self._num_tokens_cached,
-            rows_refused=self._num_rows_refused,
+            rows_refused=self._collector.num_refused,
         )
+
+
+def _prompt_logprobs(request: Request) -> PromptLogprobs | None:
+    options = request.message.options
+    start = options.logprob_start_len
+    if not options.return_logprob or start < 0:
+        return None
+    nothing = start == 0  # nothing predicts the token at position 0
+    return PromptLogprobs(
+        logprobs=[None, *request.prompt_scores] if nothing else list(request.prompt_scores),
+        token_ids=request.prompt[start:].tolist(),
+        top_logprobs=[] if options.top_logprobs_num == 0 else ([None] if nothing else []) + list(request.prompt_tops),
+    )

@@ -46,6 +46,7 @@ class ReceiveKv(Struct, frozen=True, kw_only=True):
 
     room: int
     source: str
+    first_page: int = 0
     pages: list[int]
     prompt_tokens: int
     prompt_digest: bytes
@@ -186,6 +187,7 @@ class Receiver:
         request = KvRequest(
             room=command.room,
             generation=self._generation,
+            first_page=command.first_page,
             pages=command.pages,
             prompt_tokens=command.prompt_tokens,
             prompt_digest=command.prompt_digest,

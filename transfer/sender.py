@@ -256,8 +256,10 @@ class Sender:
             return "another decode worker has asked for this room"
         if any(not 0 <= page < pool.num_pages for page in request.pages):
             return "a target page is outside of the pool"
-        if len(request.pages) != -(-request.prompt_tokens // pool.page_size):
-            return f"{len(request.pages)} pages do not hold {request.prompt_tokens} tokens"
+        if request.first_page < 0 or request.first_page + len(request.pages) != -(
+            -request.prompt_tokens // pool.page_size
+        ):
+            return f"{len(request.pages)} pages from page {request.first_page} on do not hold {request.prompt_tokens} tokens"
         return None
 
     def _abort(self, peer: str, abort: KvAbort) -> None:
@@ -314,12 +316,15 @@ class Sender:
     def _post(self, room_id: int, room: _Room) -> None:
         assert room.request is not None
         assert room.peer is not None
-        begin, end = room.num_posted_pages, len(room.ready_pages)
-        if begin == end:
+        first = room.request.first_page
+        begin, end = max(first, room.num_posted_pages), len(room.ready_pages)
+        if begin >= end:
             return
         tag = WriteTag(room_id, room.request.generation, room.num_writes).encode()
         try:
-            write = self._agent.write(room.peer, room.ready_pages[begin:end], room.request.pages[begin:end], tag)
+            write = self._agent.write(
+                room.peer, room.ready_pages[begin:end], room.request.pages[begin - first : end - first], tag
+            )
         except TransferError as error:
             self._drain(room_id, room, str(error))
             return
@@ -347,7 +352,8 @@ class Sender:
             generation = room.request.generation
             if room.error is None:
                 assert room.first_token is not None
-                assert room.num_posted_pages == len(room.request.pages), "the engine has not reported every page"
+                total = room.request.first_page + len(room.request.pages)
+                assert max(room.num_posted_pages, room.request.first_page) == total, "a page was not reported"
                 done = KvDone(
                     room=room_id, generation=generation, num_writes=room.num_writes, first_token=room.first_token
                 )

@@ -12,7 +12,20 @@ from common.kernels.attention import AttentionPlan
 from common.memory.layout import slots_of
 from common.memory.request_table import RequestTable
 from common.models.forward import ForwardBatch, RoutingSink
-from common.scheduling.step_plan import StepPlan
+from common.scheduling.step_plan import StepEntry, StepPlan
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """The positions of a step whose next prompt token's logprob is wanted, N in all."""
+
+    hidden_N: torch.Tensor
+    """int64: where in the step they stand."""
+    next_tokens_N: torch.Tensor
+    """int64: the prompt's own token at the position after each."""
+    top_count: int
+    counts: tuple[int, ...]
+    """How many of the N belong to each entry of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +37,13 @@ class StepBatch:
     sampled_rows_S: torch.Tensor
     """int64: request-table rows of the entries that sample."""
     last_tokens_S: torch.Tensor
-    """int64: where in the step their last token stands."""
+    """int64: where in the step the token stands whose logits they are drawn from."""
+    draws: tuple[StepEntry, ...]
+    """`[S]`: the entry of each draw; an entry with n samples stands here n times."""
     sampling: SamplingBatch | None
     """None when no entry samples."""
+    scored: ScoredBatch | None
+    """None when no prompt logprobs are wanted."""
 
 
 def build_batch(plan: StepPlan, table: RequestTable, device: Device, page_size: int, routing: RoutingSink) -> StepBatch:
@@ -58,7 +75,7 @@ def build_batch(plan: StepPlan, table: RequestTable, device: Device, page_size: 
     token_ids_T = device.upload(token_ids)
     if from_device:
         token_ids_T[device.upload(as_int64(from_device))] = table.last_tokens[device.upload(as_int64(rows_from_device))]
-    sampling = [(entry, query_starts[i + 1] - 1) for i, entry in enumerate(plan.entries) if entry.samples]
+    draws = [(entry, query_starts[i + 1] - 1, n) for i, entry in enumerate(plan.entries) for n in range(entry.samples)]
     return StepBatch(
         forward=ForwardBatch(
             token_ids_T=token_ids_T,
@@ -73,13 +90,42 @@ def build_batch(plan: StepPlan, table: RequestTable, device: Device, page_size: 
             routing=routing,
         ),
         slots=slots,
-        sampled_rows_S=device.upload(as_int64([entry.request.row for entry, _ in sampling])),
-        last_tokens_S=device.upload(as_int64([last for _, last in sampling])),
+        sampled_rows_S=device.upload(as_int64([entry.request.row for entry, _, _ in draws])),
+        last_tokens_S=device.upload(as_int64([last for _, last, _ in draws])),
+        draws=tuple(entry for entry, _, _ in draws),
         sampling=SamplingBatch.of(
-            [entry.request.message.options.sampling for entry, _ in sampling],
-            [entry.stop for entry, _ in sampling],
+            [entry.request.message.options.sampling for entry, _, _ in draws],
+            [(entry.request.seed + n) % 2**63 for entry, _, n in draws],
+            [entry.stop for entry, _, _ in draws],
             device,
         )
-        if sampling
+        if draws
         else None,
+        scored=_build_scored(plan, query_starts, device),
+    )
+
+
+def _build_scored(plan: StepPlan, query_starts: list[int], device: Device) -> ScoredBatch | None:
+    """Find the positions that predict a prompt token whose logprob is wanted: token p + 1 is predicted at position p."""
+    hidden: list[npt.NDArray[np.int64]] = []
+    next_tokens: list[npt.NDArray[np.int32]] = []
+    counts: list[int] = []
+    top_count = 0
+    for entry, begin in zip(plan.entries, query_starts, strict=False):
+        options, prompt = entry.request.message.options, entry.request.prompt
+        wanted = options.return_logprob and options.logprob_start_len >= 0
+        first = max(entry.start, options.logprob_start_len - 1) if wanted else entry.stop
+        last = max(first, min(entry.stop, len(prompt) - 1))
+        hidden.append(np.arange(first, last) - entry.start + begin)
+        next_tokens.append(prompt[first + 1 : last + 1])
+        counts.append(last - first)
+        if last > first:
+            top_count = max(top_count, options.top_logprobs_num)
+    if not any(counts):
+        return None
+    return ScoredBatch(
+        hidden_N=device.upload(np.concatenate(hidden)),
+        next_tokens_N=device.upload(as_int64(np.concatenate(next_tokens))),
+        top_count=top_count,
+        counts=tuple(counts),
     )

@@ -3,7 +3,7 @@
 `CpuDevice` and `CudaDevice` are the real ones; `common.engine.fake.RacingDevice` behaves as badly as a GPU may, on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,7 +19,7 @@ Array = npt.NDArray[Any]
 class HostCopies(Protocol):
     """Copies on their way to the host."""
 
-    def wait(self) -> list[Array]:
+    def wait(self) -> dict[str, Array]:
         """Block until they have landed, and so has all work launched before them; called once, by settle."""
 
 
@@ -31,7 +31,7 @@ class Device(Protocol):
     def upload(self, array: Array) -> torch.Tensor:
         """Queue a copy of `array` onto the device, in stream order; the array may be dropped at once."""
 
-    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> HostCopies:
+    def copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> HostCopies:
         """Queue copies to the host behind the work launched so far, without holding up what is launched next.
 
         The tensors must not be written again: hand over owned ones.
@@ -44,11 +44,11 @@ class Device(Protocol):
 class _Landed:
     """Copies that need no waiting."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def wait(self) -> list[Array]:
-        return [tensor.numpy() for tensor in self._tensors]
+    def wait(self) -> dict[str, Array]:
+        return {name: tensor.numpy() for name, tensor in self._tensors.items()}
 
 
 class CpuDevice:
@@ -61,7 +61,7 @@ class CpuDevice:
         """Copy, so that the caller may reuse the array."""
         return torch.from_numpy(array.copy())
 
-    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> HostCopies:
+    def copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> HostCopies:
         """Nothing to wait for."""
         return _Landed(tensors)
 
@@ -71,13 +71,13 @@ class CpuDevice:
 
 
 class _CudaCopies:
-    def __init__(self, host: list[torch.Tensor], done: torch.cuda.Event) -> None:
+    def __init__(self, host: dict[str, torch.Tensor], done: torch.cuda.Event) -> None:
         self._host = host
         self._done = done
 
-    def wait(self) -> list[Array]:
+    def wait(self) -> dict[str, Array]:
         self._done.synchronize()
-        return [tensor.numpy() for tensor in self._host]
+        return {name: tensor.numpy() for name, tensor in self._host.items()}
 
 
 class CudaDevice:
@@ -94,19 +94,19 @@ class CudaDevice:
         """Through pinned memory, so that the host does not wait."""
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
-    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> HostCopies:
+    def copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> HostCopies:
         """On a side stream that waits for the forward stream; never the other way round."""
         launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
         launched.record()
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        host: list[torch.Tensor] = []
+        host: dict[str, torch.Tensor] = {}
         with torch.cuda.stream(self._copy_stream):
             self._copy_stream.wait_event(launched)
-            for tensor in tensors:
+            for name, tensor in tensors.items():
                 landing = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
                 landing.copy_(tensor, non_blocking=True)
                 tensor.record_stream(self._copy_stream)
-                host.append(landing)
+                host[name] = landing
             done.record(self._copy_stream)
         return _CudaCopies(host, done)
 

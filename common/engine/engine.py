@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.batch import build_batch
+from common.engine.batch import ScoredBatch, StepBatch, build_batch
 from common.engine.capacity import CapacityPlan, plan_capacity
 from common.engine.device import Device, open_device
-from common.engine.sampler import sample
+from common.engine.penalties import TokenCounts
+from common.engine.sampler import SamplingBatch, logprobs_of, sample, top_logprobs
 from common.engine.seats import Seats
 from common.engine.step import Launched
 from common.memory.kv_pool import KvPool
@@ -28,6 +29,8 @@ from common.routed_experts.host_cache import HostCache
 from common.routed_experts.spec import RowSpec
 from common.scheduling.request import Request
 from common.scheduling.step_plan import StepPlan
+
+_SCORED_SLICE = 512
 
 
 class Engine:
@@ -59,6 +62,7 @@ class Engine:
         self._model = model
         self._device = device
         self._capturer = capturer
+        self._token_counts = TokenCounts(capacity.max_running_requests, config.vocab_size, device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -67,14 +71,45 @@ class Engine:
         batch = build_batch(plan, self.table, self._device, self.capacity.page_size, self._capturer)
         ticket = self.host_cache.reserve(batch.slots)
         hidden_TD = self._model(batch.forward, self.kv_pool)
-        results = [self._capturer.take(plan.num_tokens)]
+        results = {"rows": self._capturer.take(plan.num_tokens)}
         if batch.sampling is not None:
-            tokens_S, logprobs_S = sample(self._model.logits(hidden_TD[batch.last_tokens_S]), batch.sampling)
-            self.table.last_tokens[batch.sampled_rows_S] = tokens_S
-            results += [tokens_S, logprobs_S]
+            results |= self._sample(batch, batch.sampling, hidden_TD[batch.last_tokens_S])
+        if batch.scored is not None:
+            results |= self._score(batch.scored, hidden_TD)
         self.num_steps += 1
         self.num_tokens_computed += plan.num_tokens
-        return Launched(plan, self._device.copy_to_host(results), ticket, self.host_cache)
+        counts = batch.scored.counts if batch.scored is not None else (0,) * len(plan.entries)
+        return Launched(plan, self._device.copy_to_host(results), counts, ticket, self.host_cache)
+
+    def _sample(self, batch: StepBatch, sampling: SamplingBatch, hidden_SD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Draw the step's tokens, and leave them where the next step finds them."""
+        logits_SV = self._model.logits(hidden_SD)
+        changes = self._token_counts.changes_of(batch.draws, self.config.eos_token_ids)
+        if changes is None:
+            tokens_S, logprobs_S = sample(logits_SV, sampling)
+        else:
+            tokens_S, _ = sample(self._token_counts.apply(logits_SV, changes), sampling)
+            logprobs_S = logprobs_of(logits_SV, tokens_S)
+            self._token_counts.count(changes, tokens_S)
+        self.table.last_tokens[batch.sampled_rows_S] = tokens_S
+        results = {"tokens": tokens_S, "logprobs": logprobs_S}
+        if top_count := max(entry.request.message.options.top_logprobs_num for entry in batch.draws):
+            results["top_logprobs"], results["top_ids"] = top_logprobs(logits_SV, top_count)
+        return results
+
+    def _score(self, scored: ScoredBatch, hidden_TD: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Take the logprobs of prompt tokens, in slices: logits of a whole chunk could be larger than the KV pool."""
+        parts: dict[str, list[torch.Tensor]] = {"prompt_logprobs": [], "prompt_top_logprobs": [], "prompt_top_ids": []}
+        for index, tokens in zip(
+            torch.split(scored.hidden_N, _SCORED_SLICE), torch.split(scored.next_tokens_N, _SCORED_SLICE), strict=True
+        ):
+            logits = self._model.logits(hidden_TD[index])
+            parts["prompt_logprobs"].append(logprobs_of(logits, tokens))
+            if scored.top_count:
+                values, ids = top_logprobs(logits, scored.top_count)
+                parts["prompt_top_logprobs"].append(values)
+                parts["prompt_top_ids"].append(ids)
+        return {name: torch.cat(part) for name, part in parts.items() if part}
 
     def collect_rows(self, request: Request, start: int, stop: int, *, verified: bool) -> RowBlock:
         """Copy the settled rows of positions `[start, stop)` of a request that still holds its pages. Raises RowsError."""

@@ -4,7 +4,7 @@ Copies to the host land only when they are waited for, from whatever the tensor 
 buffer full of 255, as if the next launch had begun to overwrite it. A step that did not own its copies (R3) shows bad rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 
@@ -15,17 +15,17 @@ from common.scheduling.step_plan import StepPlan
 
 
 class _LateCopies:
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         self._tensors = tensors
 
-    def wait(self) -> list[Array]:
-        return [tensor.clone().numpy() for tensor in self._tensors]
+    def wait(self) -> dict[str, Array]:
+        return {name: tensor.clone().numpy() for name, tensor in self._tensors.items()}
 
 
 class RacingDevice(CpuDevice):
     """A CPU whose copies to the host read their source as late as they may."""
 
-    def copy_to_host(self, tensors: Sequence[torch.Tensor]) -> HostCopies:
+    def copy_to_host(self, tensors: Mapping[str, torch.Tensor]) -> HostCopies:
         """Remember the tensors, copy nothing yet."""
         return _LateCopies(tensors)
 

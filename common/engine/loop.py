@@ -6,11 +6,22 @@ path. The loop knows no requests: a worker's role decides what to plan and what 
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol, assert_never
+from typing import Protocol
 
 from common.engine.engine import Engine
 from common.engine.step import Launched, StepResult
-from common.messages import Abort, EngineToFrontend, FrontendToEngine, Generate, GetStats, Shutdown, Stats
+from common.messages import (
+    Abort,
+    EngineToFrontend,
+    FinishNow,
+    FlushCache,
+    FrontendToEngine,
+    Generate,
+    GetStats,
+    Shutdown,
+    Stats,
+    StopAt,
+)
 from common.scheduling.step_plan import StepPlan
 
 IDLE_WAIT_S = 1.0
@@ -24,14 +35,18 @@ class Reply(Protocol):
         """Queue it; never blocks."""
 
 
+RoleMessage = Generate | Abort | FinishNow | StopAt | FlushCache
+"""What a role handles of the frontend's messages."""
+
+
 class Role(Protocol):
     """What prefill and decode workers give the loop."""
 
-    def handle(self, message: Generate | Abort) -> None:
-        """Take a request in, or give one up."""
+    def handle(self, message: RoleMessage) -> None:
+        """Take a request in, end one, or flush."""
 
-    def on_transfer_events(self) -> None:
-        """Take what the transfer's thread has to say."""
+    def poll(self) -> None:
+        """Take what other threads have done: the transfer's and the row collector's."""
 
     def stats(self, serial: int) -> Stats:
         """Report gauges and counters."""
@@ -81,15 +96,13 @@ def serve(channel: Channel, loop: Loop, role: Role, check: Callable[[], None]) -
     while True:
         for message in channel.receive():
             match message:
-                case Generate() | Abort():
-                    role.handle(message)
                 case GetStats():
                     channel.send(role.stats(message.serial))
                 case Shutdown():
                     return
                 case _:
-                    assert_never(message)
-        role.on_transfer_events()
+                    role.handle(message)
+        role.poll()
         check()
         if not loop.turn():
             channel.wait(IDLE_WAIT_S)

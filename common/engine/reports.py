@@ -50,6 +50,7 @@ def make_stats(
     cached_pages: Iterable[int] = (),
     tokens_cached: int = 0,
     rows_refused: int,
+    swaps: int = 0,
 ) -> Stats:
     """Recount the pages and gather the counters. O(pages)."""
     return Stats(
@@ -67,6 +68,7 @@ def make_stats(
         kv_writes=transfer.num_writes,
         rooms=transfer.num_rooms,
         dropped_messages=transfer.num_dropped,
+        swaps=swaps,
     )
 
 

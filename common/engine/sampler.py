@@ -41,7 +41,9 @@ class SamplingBatch:
     any_filtered: bool
 
     @classmethod
-    def of(cls, params: list[SamplingParams], positions: list[int], device: Device) -> "SamplingBatch":
+    def of(
+        cls, params: list[SamplingParams], seeds: list[int], positions: list[int], device: Device
+    ) -> "SamplingBatch":
         """Gather the parameters of one step's draws."""
 
         def floats(values: list[float]) -> torch.Tensor:
@@ -52,7 +54,7 @@ class SamplingBatch:
             top_ks_S=device.upload(as_int64([p.top_k if p.top_k > 0 else 2**31 for p in params])),
             top_ps_S=floats([p.top_p for p in params]),
             min_ps_S=floats([p.min_p for p in params]),
-            seeds_S=device.upload(as_int64([p.seed for p in params])),
+            seeds_S=device.upload(as_int64(seeds)),
             positions_S=device.upload(as_int64(positions)),
             all_greedy=all(p.temperature < GREEDY_BELOW for p in params),
             any_filtered=any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params),
@@ -75,8 +77,18 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor,
             probs_SV = _filter(probs_SV, batch)
         noise_SV = exponential_noise(batch.seeds_S, batch.positions_S, logits_SV.shape[1])
         tokens_S = torch.where(is_greedy_S, greedy_S, (probs_SV / noise_SV).argmax(dim=-1))
-    logprobs_S = torch.log_softmax(logits_SV, dim=-1).gather(1, tokens_S[:, None])[:, 0]
-    return tokens_S, logprobs_S
+    return tokens_S, logprobs_of(logits_SV, tokens_S)
+
+
+def logprobs_of(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> torch.Tensor:
+    """The logprobs float32 `[S]` of given tokens under the unscaled logits."""
+    return torch.log_softmax(logits_SV, dim=-1).gather(1, tokens_S[:, None])[:, 0]
+
+
+def top_logprobs(logits_SV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `count` likeliest tokens of each row, likeliest first: logprobs float32 and token ids int64, both `[S, count]`."""
+    values_SK, ids_SK = torch.log_softmax(logits_SV, dim=-1).topk(count, dim=-1)
+    return values_SK, ids_SK
 
 
 def _filter(probs_SV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:

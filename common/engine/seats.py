@@ -19,15 +19,20 @@ class Seats:
         """Requests that hold pages."""
 
     @property
-    def any_free(self) -> bool:
-        """Whether one more request can be seated, as far as rows go."""
-        return self._table.num_free > 0
+    def num_free(self) -> int:
+        """How many more requests can be seated, as far as rows go."""
+        return self._table.num_free
 
     def take(self, request: Request, pages: list[int]) -> None:
         """Seat a request on pages that the caller has allocated or shared for it, in order of their positions."""
         request.pages = pages
         request.row = self._table.allocate(pages)
         self.holders.add(request)
+
+    def grow(self, request: Request, pages: list[int]) -> None:
+        """Give a seated request more pages, which the caller has allocated for it."""
+        self._table.pages[request.row, len(request.pages) : len(request.pages) + len(pages)] = pages
+        request.pages += pages
 
     def give_back_row(self, request: Request) -> None:
         """Free the row, if the request has one; no step with it may be in flight."""

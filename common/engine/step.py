@@ -4,21 +4,38 @@
 refuses a `Launched` in its place.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice, repeat
+from typing import NamedTuple
 
-import numpy as np
-
-from common.engine.device import HostCopies
+from common.engine.device import Array, HostCopies
+from common.messages import TopLogprobs
 from common.routed_experts.host_cache import HostCache, WriteTicket
 from common.scheduling.step_plan import StepPlan
 
 
+class Sampled(NamedTuple):
+    """A drawn token, its logprob, and the likeliest tokens beside it if they were asked for."""
+
+    token_id: int
+    logprob: float
+    top_logprobs: TopLogprobs
+
+
+class Scored(NamedTuple):
+    """Logprobs of prompt tokens, and the likeliest tokens in their places if they were asked for."""
+
+    logprobs: list[float]
+    top_logprobs: list[TopLogprobs]
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one entry of a plan came to: its sampled token with its logprob, or None for a chunk that sampled nothing."""
+    """What one entry of a plan came to: its drawn tokens, one a sample, and the prompt tokens that it scored."""
 
-    token_id: int | None = None
-    logprob: float = 0.0
+    sampled: tuple[Sampled, ...]
+    scored: Scored
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +49,51 @@ class StepResult:
 class Launched:
     """A step whose work is queued. It owns copies of all that the next launch may overwrite."""
 
-    def __init__(self, plan: StepPlan, copies: HostCopies, ticket: WriteTicket, host_cache: HostCache) -> None:
+    def __init__(
+        self,
+        plan: StepPlan,
+        copies: HostCopies,
+        num_scored: tuple[int, ...],
+        ticket: WriteTicket,
+        host_cache: HostCache,
+    ) -> None:
         self._plan = plan
         self._copies = copies
+        self._num_scored = num_scored
         self._ticket = ticket
         self._host_cache = host_cache
 
     def settle(self) -> StepResult:
         """Wait for the step, commit its routed-expert rows and return its tokens. Call it once."""
-        rows, *sampled = self._copies.wait()
-        self._host_cache.commit(self._ticket, rows)
-        tokens, logprobs = sampled if sampled else (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32))
-        drawn = iter(zip(tokens.tolist(), logprobs.tolist(), strict=True))
-        outcomes = tuple(Outcome(*next(drawn)) if entry.samples else Outcome() for entry in self._plan.entries)
-        assert next(drawn, None) is None, "more tokens were drawn than entries sample"
-        return StepResult(self._plan, outcomes)
+        landed = self._copies.wait()
+        self._host_cache.commit(self._ticket, landed["rows"])
+        drawn = _positions(landed, "logprobs", "top_logprobs", "top_ids")
+        tokens = iter(landed["tokens"].tolist() if "tokens" in landed else ())
+        scored = _positions(landed, "prompt_logprobs", "prompt_top_logprobs", "prompt_top_ids")
+        outcomes: list[Outcome] = []
+        for entry, num_scored in zip(self._plan.entries, self._num_scored, strict=True):
+            top_count = entry.request.message.options.top_logprobs_num
+            samples = list(zip(islice(tokens, entry.samples), islice(drawn, entry.samples), strict=True))
+            scores = list(islice(scored, num_scored))
+            outcomes.append(
+                Outcome(
+                    tuple(Sampled(token, logprob, top[:top_count]) for token, (logprob, top) in samples),
+                    Scored([logprob for logprob, _ in scores], [top[:top_count] for _, top in scores]),
+                )
+            )
+        assert next(tokens, None) is None, "more tokens were drawn than entries sample"
+        assert next(scored, None) is None, "more tokens were scored than entries ask for"
+        return StepResult(self._plan, tuple(outcomes))
+
+
+def _positions(
+    landed: dict[str, Array], logprobs: str, top_logprobs: str, top_ids: str
+) -> Iterator[tuple[float, TopLogprobs]]:
+    """Walk through landed logprobs position by position, each with its likeliest tokens; empty if none have landed."""
+    if logprobs not in landed:
+        return iter(())
+    tops: Iterable[TopLogprobs] = repeat([], len(landed[logprobs]))
+    if top_ids in landed:
+        pairs = zip(landed[top_logprobs].tolist(), landed[top_ids].tolist(), strict=True)
+        tops = (list(zip(values, ids, strict=True)) for values, ids in pairs)
+    return zip(landed[logprobs].tolist(), tops, strict=True)

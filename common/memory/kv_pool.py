@@ -21,6 +21,14 @@ class KvPool:
         """Keys and values of one layer: two strided views `[page, kv_head, slot, dim]` of the pool."""
         return self.pages[:, :, layer, 0], self.pages[:, :, layer, 1]
 
+    def read(self, pages: list[int]) -> torch.Tensor:
+        """Copy pages to the host, `[n, *page_shape]`; blocks until all work launched before has ended and the copy is there."""
+        return self.pages[torch.tensor(pages, device=self.pages.device)].cpu()
+
+    def write(self, pages: list[int], content: torch.Tensor) -> None:
+        """Copy pages back from the host, before whatever is launched next."""
+        self.pages[torch.tensor(pages, device=self.pages.device)] = content.to(self.pages.device)
+
     def info(self) -> PoolInfo:
         """Describe the pool to a peer that will write into it."""
         device = self.pages.device

@@ -21,6 +21,7 @@ _COUNTERS = {
     "rows_refused": "requests refused because of missing or bad routed-expert rows",
     "kv_bytes": "bytes of KV pages moved",
     "kv_writes": "KV writes",
+    "swaps": "requests swapped to host memory",
     "dropped_messages": "late, duplicate or undecodable transfer messages",
 }
 _PAGES = ("total", "free", "cached", "running", "quarantined", "unaccounted")

@@ -7,7 +7,8 @@ import numpy as np
 
 from common.errors import MissingRows
 from common.messages import RowBlock
-from common.routed_experts.host_cache import HostCache, Slots
+from common.routed_experts.host_cache import HostCache, Rows, Slots
+from common.routed_experts.spec import RowSpec
 from common.routed_experts.verify import verify
 
 
@@ -26,7 +27,12 @@ def collect(
             f"request {rid}: {len(positions)} of {len(slots)} routed-expert rows were never written, "
             f"at positions {positions[0]} to {positions[-1]}"
         )
-    header = cache.spec.header(start=start, stop=start + len(slots), weight_version=weight_version)
+    return make_block(cache.spec, rows, start=start, weight_version=weight_version, verified=verified)
+
+
+def make_block(spec: RowSpec, rows: Rows, *, start: int, weight_version: str, verified: bool) -> RowBlock:
+    """Make a block of rows `[n, L, K]` that nobody else writes, of positions `[start, start + n)`. Raises BadRows."""
+    header = spec.header(start=start, stop=start + len(rows), weight_version=weight_version)
     block = RowBlock(header, rows.reshape(-1).view(np.uint8).data)
     if verified:
         verify(block)

@@ -1,7 +1,10 @@
 """One request inside an engine: its tokens, what it holds, and the table of states it may move through.
 
-    prefill   QUEUED -> RUNNING -> (SURPLUS) -> LEASED -> ENDED        pages wait for their transfer
-    decode    QUEUED -> RECEIVING -> RUNNING -> (SURPLUS) -> ENDED     pages wait for the KV, then grow
+    prefill   QUEUED -> RUNNING -> (COLLECTING, SURPLUS) -> LEASED -> ENDED       pages wait for their transfer
+    decode    QUEUED -> RECEIVING -> RUNNING -> (COLLECTING, SURPLUS) -> ENDED    pages wait for the KV, then grow
+                            |        ^   |
+                            |        |   v
+                            |       SWAPPED -> ENDED                   pages given up for older requests
                             └-> QUARANTINED -> ENDED                   a peer may still write into the pages
 
 The module knows no scheduler, no engine and no transfer. A request is touched by the engine's thread alone.
@@ -13,7 +16,7 @@ from enum import Enum, auto
 import numpy as np
 import numpy.typing as npt
 
-from common.messages import Generate
+from common.messages import Generate, TopLogprobs
 
 
 class RequestState(Enum):
@@ -25,6 +28,10 @@ class RequestState(Enum):
     """Holds pages that the prefill worker writes into."""
     RUNNING = auto()
     """Takes part in steps."""
+    SWAPPED = auto()
+    """Holds no pages: its KV and rows wait in host memory until there is room again."""
+    COLLECTING = auto()
+    """Has computed all it will; its rows are being gathered from its slots."""
     SURPLUS = auto()
     """Has ended while a step with it is still in flight: that step's token, row and slot are discarded."""
     LEASED = auto()
@@ -38,7 +45,17 @@ class RequestState(Enum):
 _LEGAL: dict[RequestState, frozenset[RequestState]] = {
     RequestState.QUEUED: frozenset({RequestState.RECEIVING, RequestState.RUNNING, RequestState.ENDED}),
     RequestState.RECEIVING: frozenset({RequestState.RUNNING, RequestState.QUARANTINED, RequestState.ENDED}),
-    RequestState.RUNNING: frozenset({RequestState.SURPLUS, RequestState.LEASED, RequestState.ENDED}),
+    RequestState.RUNNING: frozenset(
+        {
+            RequestState.SWAPPED,
+            RequestState.COLLECTING,
+            RequestState.SURPLUS,
+            RequestState.LEASED,
+            RequestState.ENDED,
+        }
+    ),
+    RequestState.COLLECTING: frozenset({RequestState.SURPLUS, RequestState.LEASED, RequestState.ENDED}),
+    RequestState.SWAPPED: frozenset({RequestState.RUNNING, RequestState.ENDED}),
     RequestState.SURPLUS: frozenset({RequestState.LEASED, RequestState.ENDED}),
     RequestState.LEASED: frozenset({RequestState.ENDED}),
     RequestState.QUARANTINED: frozenset({RequestState.ENDED}),
@@ -53,6 +70,8 @@ class Request:
     message: Generate
     prompt: npt.NDArray[np.int32]
     """`[P]`."""
+    index: int = 0
+    """Which of the message's n samples this is; a prefill engine runs one request for all of them."""
     state: RequestState = RequestState.QUEUED
     row: int = -1
     """Row in the request table while RUNNING."""
@@ -67,17 +86,31 @@ class Request:
     steps_in_flight: int = 0
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    prompt_scores: list[float] = field(default_factory=list)
+    """Logprobs of the prompt's own tokens, from position max(1, logprob_start_len) on, as far as they have settled."""
+    prompt_tops: list[TopLogprobs] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, message: Generate) -> "Request":
+    def of(cls, message: Generate, index: int = 0) -> "Request":
         """Make a queued request from the frontend's message."""
-        return cls(message=message, prompt=np.asarray(message.input_ids, dtype=np.int32))
+        return cls(message=message, prompt=np.asarray(message.input_ids, dtype=np.int32), index=index)
 
     @property
     def rid(self) -> str:
         """The id that the frontend knows it by."""
         return self.message.rid
+
+    @property
+    def rooms(self) -> tuple[int, ...]:
+        """The rooms of all n samples; empty if nothing is transferred."""
+        return () if self.message.bootstrap is None else self.message.bootstrap.rooms
+
+    @property
+    def seed(self) -> int:
+        """The seed of sample `index`."""
+        return (self.message.options.sampling.seed + self.index) % 2**63
 
     @property
     def num_prompt_tokens(self) -> int:

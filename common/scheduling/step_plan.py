@@ -13,15 +13,15 @@ from common.scheduling.request import Request
 class StepEntry:
     """One request's part of a step: its positions `[start, stop)`.
 
-    With `samples`, the logits of position `stop - 1` yield the token at position `stop`. Positions below the request's
-    `num_known_tokens` take their token from the host; the one that follows takes it from the device, where the step before
-    left it.
+    The logits of position `stop - 1` yield `samples` tokens for position `stop`, sample i with the request's seed + i.
+    Positions below the request's `num_known_tokens` take their token from the host; the one that follows takes it from the
+    device, where the step before left it.
     """
 
     request: Request
     start: int
     stop: int
-    samples: bool
+    samples: int
 
     @property
     def num_tokens(self) -> int:

@@ -14,6 +14,7 @@ from common.engine.loop import Loop, Role
 from common.messages import (
     Abort,
     Bootstrap,
+    CacheFlushed,
     DecodeToPrefill,
     EngineToFrontend,
     Failed,
@@ -47,16 +48,22 @@ def nothing() -> None:
 
 @dataclass
 class Leg:
-    """What one worker has said of one request."""
+    """What one worker has said of one request; `num_ends` answers are due."""
 
+    num_ends: int = 1
     tokens: list[int] = field(default_factory=list)
-    finished: Finished | None = None
+    """Of the first sample."""
+    ends: dict[int, Finished] = field(default_factory=dict)
+    blocks: dict[int, RowBlock] = field(default_factory=dict)
     failed: Failed | None = None
-    block: RowBlock | None = None
+
+    @property
+    def finished(self) -> Finished | None:
+        return self.ends.get(0)
 
     @property
     def ended(self) -> bool:
-        return self.finished is not None or self.failed is not None
+        return len(self.ends) == self.num_ends or self.failed is not None
 
 
 @dataclass
@@ -67,26 +74,33 @@ class Side:
     role: Role
     loop: Loop
     endpoint: Sender | Receiver
-    legs: dict[str, Leg]
+    recorder: "Recorder"
+
+    @property
+    def legs(self) -> dict[str, Leg]:
+        return self.recorder.legs
 
 
 class Answer:
-    """A merged reply of both legs."""
+    """A merged reply of both legs, of one sample."""
 
-    def __init__(self, prompt: list[int], start: int, prefill: Leg, decode: Leg) -> None:
+    def __init__(self, prompt: list[int], start: int, prefill: Leg, decode: Leg, index: int = 0) -> None:
         assert prefill.finished is not None, prefill.failed
-        assert decode.finished is not None, decode.failed
+        assert index in decode.ends, decode.failed
+        finished = decode.ends[index]
         self.prompt = prompt
         self.start = start
-        self.output_ids = decode.finished.token_ids
-        self.logprobs = decode.finished.logprobs
-        self.finish_reason = decode.finished.finish_reason
+        self.output_ids = finished.token_ids
+        self.logprobs = finished.logprobs
+        self.top_logprobs = finished.top_logprobs
+        self.prompt_logprobs = prefill.finished.prompt_logprobs
+        self.finish_reason = finished.finish_reason
         self.cached_tokens = prefill.finished.cached_tokens
-        assert prefill.finished.token_ids == self.output_ids[:1]
+        assert prefill.finished.token_ids[index : index + 1] == self.output_ids[:1]
         self.rows: np.ndarray | None = None
-        if prefill.block is not None and decode.block is not None:
+        if 0 in prefill.blocks and index in decode.blocks:
             stop = len(prompt) + len(self.output_ids) - 1
-            block = merge([prefill.block, decode.block], start=start, stop=stop)
+            block = merge([prefill.blocks[0], decode.blocks[index]], start=start, stop=stop)
             self.rows = rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)
 
 
@@ -136,16 +150,16 @@ class InProcessPair:
             peer_id="prefill-0",
             weight_version="default",
         )
-        legs: dict[str, Leg] = {}
-        prefill_role = PrefillWorker.on(
+        recorder = Recorder()
+        prefill_role = PrefillWorker(
             engine,
             PrefillOptions(chunked_prefill_tokens=chunk_tokens, prefix_cache=prefix_cache),
             sender.mailbox,
             sender,
-            Recorder(legs),
+            recorder,
             verify_rows=verify_rows,
         )
-        self.prefill = Side(engine, prefill_role, Loop(engine, prefill_role, overlap=overlap), sender, legs)
+        self.prefill = Side(engine, prefill_role, Loop(engine, prefill_role, overlap=overlap), sender, recorder)
 
         engine = build_engine(model, options, chunked_prefill_tokens=0, parts=parts)
         decode_agent = LoopbackAgent(DECODE, engine.kv_pool.pages, self.network)
@@ -160,9 +174,9 @@ class InProcessPair:
             peer_id=DECODE,
             weight_version="default",
         )
-        legs = {}
-        decode_role = DecodeWorker.on(engine, receiver.mailbox, receiver, Recorder(legs), verify_rows=verify_rows)
-        self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, legs)
+        recorder = Recorder()
+        decode_role = DecodeWorker(engine, receiver.mailbox, receiver, recorder, verify_rows=verify_rows)
+        self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, recorder)
         self.sides = (self.prefill, self.decode)
         self.sender = sender
         self.receiver = receiver
@@ -173,11 +187,12 @@ class InProcessPair:
 
     def submit(self, rid: str, prompt: list[int], options: RequestOptions, *, decode_first: bool = False) -> None:
         """Start both legs of one sample, in either order."""
-        bootstrap = Bootstrap(host="prefill", port=1, room=next(self._rooms))
+        n = options.sampling.n
+        bootstrap = Bootstrap(host="prefill", port=1, rooms=tuple(itertools.islice(self._rooms, n)))
         self.prompts[rid] = prompt
         message = Generate(rid=rid, input_ids=prompt, options=options, bootstrap=bootstrap)
         for side in reversed(self.sides) if decode_first else self.sides:
-            side.legs[rid] = Leg()
+            side.legs[rid] = Leg(num_ends=n if side is self.decode else 1)
             side.role.handle(message)
 
     def abort(self, rid: str) -> None:
@@ -190,7 +205,7 @@ class InProcessPair:
         busy = False
         for side in self.sides:
             side.endpoint.turn(self.now)
-            side.role.on_transfer_events()
+            side.role.poll()
             busy |= side.loop.turn()
         return busy
 
@@ -200,14 +215,13 @@ class InProcessPair:
         while idle < turns:
             idle = 0 if self.turn() else idle + 1
 
-    def answer(self, rid: str) -> Answer:
-        """The merged reply of a request that both legs have ended."""
+    def answer(self, rid: str, index: int = 0) -> Answer:
+        """The merged reply of a sample that both legs have ended."""
         prefill, decode = self.prefill.legs[rid], self.decode.legs[rid]
         assert prefill.finished is not None, prefill.failed
-        assert decode.finished is not None, decode.failed
         header = prefill.finished.rows
         start = header.start if isinstance(header, RowHeader) else 0
-        return Answer(self.prompts[rid], start, prefill, decode)
+        return Answer(self.prompts[rid], start, prefill, decode, index)
 
     def run(self, requests: Iterable[tuple[list[int], RequestOptions]], *, concurrency: int = 16) -> list[Answer]:
         """Run requests, at most `concurrency` at once, to their end; answers in order."""
@@ -248,30 +262,42 @@ class InProcessPair:
 class Recorder:
     """Takes the place of the frontend."""
 
-    def __init__(self, legs: dict[str, Leg]) -> None:
-        self._legs = legs
+    def __init__(self) -> None:
+        self.legs: dict[str, Leg] = {}
+        self.flushed: list[CacheFlushed] = []
 
     def __call__(self, message: EngineToFrontend, /, *frames: bytes | memoryview) -> None:
+        if isinstance(message, CacheFlushed):
+            self.flushed.append(message)
+            return
         assert isinstance(message, Tokens | Finished | Failed)
-        leg = self._legs[message.rid]
+        leg = self.legs[message.rid]
         assert not leg.ended, "a leg was answered twice"
         match message:
             case Tokens():
-                leg.tokens += message.token_ids
+                leg.tokens += message.token_ids if message.index == 0 else []
             case Finished():
-                leg.finished = message
+                assert message.index not in leg.ends
+                leg.ends[message.index] = message
                 if message.rows is not None:
-                    leg.block = RowBlock(message.rows, bytes(frames[0]))
+                    leg.blocks[message.index] = RowBlock(message.rows, bytes(frames[0]))
             case Failed():
                 leg.failed = message
 
 
 def options_of(
-    max_new_tokens: int, *, rows: bool = True, start_len: int = 0, stream: bool = False, **sampling: Any
+    max_new_tokens: int,
+    *,
+    rows: bool = True,
+    start_len: int = 0,
+    stream: bool = False,
+    logprobs: dict[str, Any] | None = None,
+    **sampling: Any,
 ) -> RequestOptions:
     """Options of a test request, greedy unless told otherwise."""
     sampling.setdefault("temperature", 0.0)
     return RequestOptions(
+        **({"return_logprob": True, **logprobs} if logprobs is not None else {}),
         sampling=SamplingParams(max_new_tokens=max_new_tokens, **sampling),
         return_routed_experts=rows,
         routed_experts_start_len=start_len,

@@ -94,12 +94,12 @@ def test_one_fault(checkpoint: Path, judge_of: Callable[[str], Judge], what: str
 def test_a_late_write_never_meets_a_new_owner(checkpoint: Path):
     """The request is given up while a write is delayed: its page is not reused until the write has landed."""
     pair = InProcessPair(checkpoint, faults=Script(write=Fault.DELAY), transfer=OPTIONS, pool_tokens=32)
-    pair.submit("r", [1, 2, 3], options_of(20))
+    pair.submit("r", list(range(20)), options_of(10))
     pair.settle()
     pair.abort("r")
     pair.settle()
     assert pair.decode.role.stats(0).pages.quarantined == 2
-    pair.submit("next", [4, 5, 6], options_of(20))
+    pair.submit("next", list(range(30, 50)), options_of(10))
     pair.settle()
     assert not pair.decode.legs["next"].ended, "it waits for the pages in quarantine"
     pair.network.release()
