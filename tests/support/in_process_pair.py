@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -121,10 +121,11 @@ class InProcessPair:
         faults: FaultPolicy = no_faults,
         transfer: TransferOptions = TransferOptions(),
         parts: EngineParts = EngineParts(),
+        device: Literal["cpu", "cuda"] = "cpu",
     ) -> None:
         model = ModelOptions(model=str(checkpoint))
         options = EngineOptions(
-            device="cpu",
+            device=device,
             page_size=page_size,
             kv_pool_tokens=pool_tokens,
             max_running_requests=max_running,

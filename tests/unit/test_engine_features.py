@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def twin(judge: Judge, prompt: list[int], params: SamplingParams, eos: set[int])
     return output
 
 
-PENALTIES = [
+PENALTIES: list[dict[str, Any]] = [
     {"repetition_penalty": 1.7},
     {"frequency_penalty": 1.1, "presence_penalty": 0.7},
     {"repetition_penalty": 0.6, "frequency_penalty": -0.8},
@@ -174,11 +175,11 @@ def test_penalties_against_a_recount(checkpoint: Path, judge: Judge, overlap: bo
     """Different penalties side by side in one batch, with overlap and without: each request as the slow twin has it."""
     pair = InProcessPair(checkpoint, overlap=overlap, parts=RACING)
     prompts = random_prompts(9, 11, longest=30)
-    settings = list(itertools.islice(itertools.cycle([*PENALTIES, {}]), 11))
+    settings: list[dict[str, Any]] = list(itertools.islice(itertools.cycle([*PENALTIES, {}]), 11))
     answers = pair.run([(p, options_of(8, **s)) for p, s in zip(prompts, settings, strict=True)], concurrency=6)
     eos = set(pair.decode.engine.config.eos_token_ids)
     for answer, setting in zip(answers, settings, strict=True):
-        params = SamplingParams(max_new_tokens=8, temperature=0.0, **setting)  # type: ignore[arg-type]
+        params = SamplingParams(max_new_tokens=8, temperature=0.0, **setting)
         assert answer.output_ids == twin(judge, answer.prompt, params, eos)
     judged(judge, answers, greedy=False)
 
@@ -187,7 +188,7 @@ def test_min_new_tokens_holds_back_stops(checkpoint: Path):
     """An end that is biased to come at once comes right after the minimum, not before."""
     pair = InProcessPair(checkpoint)
     eos = pair.decode.engine.config.eos_token_ids[0]
-    biased = {"logit_bias": {eos: 100.0, 7: 90.0}, "stop_token_ids": (7,)}
+    biased: dict[str, Any] = {"logit_bias": {eos: 100.0, 7: 90.0}, "stop_token_ids": (7,)}
     for minimum in (0, 1, 4):
         [answer] = pair.run([([1, 2, 3], options_of(9, min_new_tokens=minimum, **biased))])
         assert len(answer.output_ids) == minimum + 1
