@@ -83,6 +83,14 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
 
     host: Annotated[str, option("address to listen on")] = "127.0.0.1"
     port: Annotated[int, option("port to listen on", ge=1, le=65535)] = 8000
+    api_key: Annotated[
+        str,
+        option("key that clients must send as `Authorization: Bearer KEY`; empty: none is asked for", metavar="KEY"),
+    ] = ""
+    max_open_requests: Annotated[
+        int,
+        option("answers that may run or wait at a time, before more get a 429", unit="requests", ge=1, le=2**24),
+    ] = 16384
     max_body_bytes: Annotated[int, option("largest request body", unit="bytes", ge=1024)] = 64 * 2**20
     request_deadline_s: Annotated[float, option("longest time that a request may take", unit="s", gt=0)] = 1800.0
     shutdown_deadline_s: Annotated[float, option("longest time that stopping may take", unit="s", gt=0)] = 10.0

@@ -1,7 +1,8 @@
-"""One answer out of the replies of a sample's legs: who says what, and whose rows go where.
+"""One answer out of the replies of a sample's legs: who says what, and whose rows and logprobs go where.
 
-The prefill leg knows the prompt (tokens, cached tokens), the decode leg the output; rows come from both and are
-merged. It knows no HTTP. Neighbours: `pair` (runs the legs), `merge`, `common.routed_experts.verify`.
+The prefill leg knows the prompt (tokens, cached tokens, logprobs) and the first token of every sample, a sample's decode
+reply the output; rows come from both and are merged, for each sample of a prompt with the same prefill leg. It knows no
+HTTP. Neighbours: `pair` (runs the legs), `merge`, `common.routed_experts.verify`.
 """
 
 import asyncio
@@ -9,9 +10,10 @@ import asyncio
 from msgspec import Struct
 
 from common.errors import LegFailed, MissingRows
-from common.messages import Finished, Leg, RowBlock
+from common.messages import FinishReason, Leg, RowBlock
 from common.protocol.generate import Sample
-from common.protocol.legs import LegReply
+from common.protocol.legs import LegReply, TopLogprobItems
+from common.protocol.logprobs import LogprobItem
 from common.routed_experts.verify import verify
 from router.merge import merge
 
@@ -19,21 +21,41 @@ from router.merge import merge
 _LARGE_ROWS_BYTES = 2**20
 
 
-class Answer(Struct, frozen=True):
-    """A sample's end as the router tells it: positions, tokens and rows of the whole sequence."""
+class Logprobs(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The logprob fields of `meta_info`, as the workers wrote them; None for what was not asked for."""
 
-    finished: Finished
+    input_token_logprobs: list[LogprobItem] | None = None
+    input_top_logprobs: TopLogprobItems | None = None
+    output_token_logprobs: list[LogprobItem] | None = None
+    output_top_logprobs: TopLogprobItems | None = None
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    """A sample's end as the router tells it: positions, tokens, logprobs and rows of the whole sequence."""
+
+    rid: str
+    prompt_tokens: int
+    cached_tokens: int
     text: str
+    output_ids: list[int]
+    finish_reason: FinishReason
     weight_version: str
+    logprobs: Logprobs
     rows: RowBlock | None
+    timings: dict[str, float]
 
 
-async def combine_pair(sample: Sample, prefill: LegReply, decode: LegReply, *, verify_rows: bool) -> Answer:
-    """Join both legs' replies.
+async def combine_pair(sample: Sample, index: int, prefill: LegReply, decode: LegReply, *, verify_rows: bool) -> Answer:
+    """Join the prefill leg's reply and the decode leg's one for sample `index` of the prompt.
 
-    Raises LegFailed if the legs answer different prompts, RowsError if rows are missing, bad or do not fit together.
+    Raises LegFailed if the legs answer different prompts or their logprobs are not whole, RowsError if rows are missing, bad
+    or do not fit together.
     """
-    _check_agreement(prefill, decode)
+    if is_unfinished(decode):
+        return combine_unfinished(sample, decode)
+    _check_agreement(sample, index, prefill, decode)
+    _check_logprobs(sample, "decode", decode)
+    _check_prompt_logprobs(sample, prefill)
     prompt_tokens, output_ids = prefill.meta_info.prompt_tokens, decode.output_ids
     rows = None
     if sample.options.return_routed_experts:
@@ -45,7 +67,10 @@ async def combine_pair(sample: Sample, prefill: LegReply, decode: LegReply, *, v
 
 
 async def combine_score(sample: Sample, prefill: LegReply, *, verify_rows: bool) -> Answer:
-    """Make the answer of a prompt that was only scored: no output, and rows up to P-1. Raises RowsError."""
+    """Make the answer of a prompt that was only scored: no output, and rows up to P-1. Raises RowsError, LegFailed."""
+    if prefill.is_aborted and prefill.rows is None:
+        return combine_unfinished(sample, prefill)
+    _check_prompt_logprobs(sample, prefill)
     rows = None
     if sample.options.return_routed_experts:
         start = sample.options.routed_experts_start_len
@@ -54,16 +79,71 @@ async def combine_score(sample: Sample, prefill: LegReply, *, verify_rows: bool)
     return _answer(sample, prefill, prefill, rows)
 
 
-def _check_agreement(prefill: LegReply, decode: LegReply) -> None:
+def combine_unfinished(sample: Sample, aborted: LegReply) -> Answer:
+    """Make the answer of a sample that somebody aborted before it had a token: no output, and no rows at all."""
+    assert is_unfinished(aborted)
+    meta = aborted.meta_info
+    return Answer(
+        rid=sample.rid,
+        prompt_tokens=meta.prompt_tokens,
+        cached_tokens=meta.cached_tokens,
+        text="",
+        output_ids=[],
+        finish_reason=meta.finish_reason,
+        weight_version=meta.weight_version,
+        logprobs=Logprobs(output_token_logprobs=[] if sample.options.return_logprob else None),
+        rows=None,
+        timings=aborted.leg.timings,
+    )
+
+
+def is_unfinished(leg: LegReply) -> bool:
+    """Say whether the leg was ended by an abort before it had a token."""
+    return leg.is_aborted and not leg.output_ids
+
+
+def _check_agreement(sample: Sample, index: int, prefill: LegReply, decode: LegReply) -> None:
     ours, theirs = prefill.meta_info.prompt_tokens, decode.meta_info.prompt_tokens
     if ours != theirs:
         raise LegFailed(f"the legs disagree: {ours} prompt tokens in prefill, {theirs} in decode", stage="merge")
-    # The first token is the prefill leg's; another one means that these are the legs of two samples.
-    if prefill.output_ids[:1] != decode.output_ids[:1]:
+    if len(prefill.output_ids) != sample.options.sampling.n:
         raise LegFailed(
-            f"the legs disagree on the first token: {prefill.output_ids[:1]} and {decode.output_ids[:1]}",
+            f"the prefill leg has {len(prefill.output_ids)} first tokens for {sample.options.sampling.n} samples",
+            leg="prefill",
             stage="merge",
         )
+    # The first token is the prefill leg's; another one means that these are the legs of two samples.
+    first = prefill.output_ids[index : index + 1]
+    if first != decode.output_ids[:1]:
+        raise LegFailed(f"the legs disagree on the first token: {first} and {decode.output_ids[:1]}", stage="merge")
+
+
+def _check_logprobs(sample: Sample, leg: Leg, reply: LegReply) -> None:
+    """Check that there is a logprob for every output token, and top logprobs if they were asked for."""
+    options, meta, num_tokens = sample.options, reply.meta_info, len(reply.output_ids)
+    if not options.return_logprob:
+        return
+    if [token_id for _, token_id, _ in meta.output_token_logprobs or ()] != reply.output_ids:
+        raise _incomplete(leg, f"output_token_logprobs are not those of the {num_tokens} output tokens")
+    if options.top_logprobs_num > 0 and len(meta.output_top_logprobs or ()) != num_tokens:
+        raise _incomplete(leg, f"{len(meta.output_top_logprobs or ())} output_top_logprobs for {num_tokens} tokens")
+
+
+def _check_prompt_logprobs(sample: Sample, prefill: LegReply) -> None:
+    options, meta = sample.options, prefill.meta_info
+    if not options.return_logprob or options.logprob_start_len < 0:
+        return
+    expected = max(0, meta.prompt_tokens - options.logprob_start_len)
+    given = {"input_token_logprobs": len(meta.input_token_logprobs or ())}
+    if options.top_logprobs_num > 0:
+        given["input_top_logprobs"] = len(meta.input_top_logprobs or ())
+    for name, count in given.items():
+        if count != expected:
+            raise _incomplete("prefill", f"{count} {name} for {expected} prompt tokens")
+
+
+def _incomplete(leg: Leg, what: str) -> LegFailed:
+    return LegFailed(f"the {leg} leg's logprobs are not whole: {what}", leg=leg, stage="merge")
 
 
 def _rows_of(leg: Leg, reply: LegReply) -> RowBlock:
@@ -85,14 +165,21 @@ async def _merged(blocks: list[RowBlock], *, start: int, stop: int, verify_rows:
 
 
 def _answer(sample: Sample, prefill: LegReply, decode: LegReply, rows: RowBlock | None) -> Answer:
-    finished = Finished(
+    prompt, output = prefill.meta_info, decode.meta_info
+    return Answer(
         rid=sample.rid,
-        prompt_tokens=prefill.meta_info.prompt_tokens,
-        cached_tokens=prefill.meta_info.cached_tokens,
-        token_ids=decode.output_ids,
-        logprobs=decode.logprobs,
-        finish_reason=decode.meta_info.finish_reason,
-        rows=None if rows is None else rows.header,
+        prompt_tokens=prompt.prompt_tokens,
+        cached_tokens=prompt.cached_tokens,
+        text=decode.text,
+        output_ids=decode.output_ids,
+        finish_reason=output.finish_reason,
+        weight_version=output.weight_version,
+        logprobs=Logprobs(
+            input_token_logprobs=prompt.input_token_logprobs,
+            input_top_logprobs=prompt.input_top_logprobs,
+            output_token_logprobs=output.output_token_logprobs,
+            output_top_logprobs=output.output_top_logprobs,
+        ),
+        rows=rows,
         timings={**prefill.leg.timings, **decode.leg.timings},
     )
-    return Answer(finished, decode.text, decode.meta_info.weight_version, rows)

@@ -4,6 +4,7 @@ It knows neither pairs nor rows. Leaving any of its calls early closes the conne
 nobody waits any more. Neighbours: `pair` (runs two of these), `common.protocol.legs` (bodies and replies).
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
@@ -12,20 +13,25 @@ import msgspec
 
 from common.errors import DeadlineExceeded, LegFailed
 from common.messages import ErrorReport, ReportedError
-from common.protocol.legs import LegReply, decode_error, decode_last_event, decode_leg
+from common.protocol.legs import LegReply, decode_error, decode_last_event, decode_samples
 from common.protocol.replies import MSGPACK, Reply
 from router.membership import Worker
 
 _DONE = b"[DONE]"
+_MAX_DONE_BYTES = 16
 _DATA = b"data:"
 
+# Events with more rows than this are decoded in a thread (R16).
+_LARGE_EVENT_BYTES = 2**18
 
-def make_session(*, connect_deadline_s: float) -> aiohttp.ClientSession:
+
+def make_session(*, connect_deadline_s: float, worker_api_key: str = "") -> aiohttp.ClientSession:
     """Make the router's HTTP client: any number of connections, no deadline but that for connecting.
 
     The caller closes it. How long a whole request may take is `pair`'s to say.
     """
     return aiohttp.ClientSession(
+        headers={"Authorization": f"Bearer {worker_api_key}"} if worker_api_key else None,
         connector=aiohttp.TCPConnector(limit=0, limit_per_host=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_deadline_s),
         read_bufsize=2**20,
@@ -33,40 +39,58 @@ def make_session(*, connect_deadline_s: float) -> aiohttp.ClientSession:
     )
 
 
-async def fetch(session: aiohttp.ClientSession, worker: Worker, body: bytes) -> LegReply:
-    """Run a leg that answers once.
+async def fetch(session: aiohttp.ClientSession, worker: Worker, body: bytes, *, n: int = 1) -> list[LegReply]:
+    """Run a leg that answers once, with `n` replies.
 
     Raises ReportedError with what the worker said, LegFailed if it could not be reached, died or spoke nonsense, and
     DeadlineExceeded if it took no connection in time.
     """
     with _failures_of(worker):
         async with session.post(f"{worker.url}/generate", data=body, headers=_headers(MSGPACK)) as response:
-            answer = await response.read()
+            # Not by `read`, which would copy all of it at once (R16).
+            answer = bytearray()
+            async for chunk in response.content.iter_any():
+                answer += chunk
     if response.status != 200:
         raise ReportedError(_report(worker, response.status, answer))
-    return _decoded(worker, answer, is_event=False)
+    try:
+        replies = decode_samples(answer)
+    except ValueError as error:
+        raise _nonsense(worker, error) from error
+    if len(replies) != n:
+        raise _nonsense(worker, f"{len(replies)} replies instead of {n}")
+    return [_checked(worker, reply) for reply in replies]
 
 
-async def stream(session: aiohttp.ClientSession, worker: Worker, body: bytes) -> AsyncGenerator[Reply | LegReply, None]:
-    """Run a leg that streams: events as they come, undecoded but for their JSON, and a LegReply as the last one.
+async def stream(
+    session: aiohttp.ClientSession, worker: Worker, body: bytes, *, n: int
+) -> AsyncGenerator[Reply | LegReply, None]:
+    """Run a leg of `n` samples that streams: events as they come, and a LegReply as the last one of each sample.
 
-    Close the generator when done with it (`contextlib.aclosing`). Raises as `fetch` does; a stream that ends without
-    its last event is a LegFailed too.
+    Events are undecoded but for their JSON; if n > 1 each has its sample's `index`. Close the generator when done with it
+    (`contextlib.aclosing`). Raises as `fetch` does; a stream that ends without all its last events is a LegFailed too.
     """
     with _failures_of(worker):
         async with session.post(f"{worker.url}/generate", data=body, headers=_headers("text/event-stream")) as response:
             if response.status != 200:
                 raise ReportedError(_report(worker, response.status, await response.read()))
-            last: LegReply | None = None
+            waiting_for, last = set(range(n)), None
             # Read to the end, beyond the last event: only then can the connection be used again.
             async for data in _events(response.content):
-                if data == _DONE:
+                if len(data) < _MAX_DONE_BYTES and data.strip() == _DONE:
                     continue
-                event = _decoded_event(worker, data)
-                if isinstance(event, LegReply):
-                    last = event
-                else:
+                event = await _decoded_event(worker, data)
+                index = event.index if isinstance(event, LegReply) else event.get("index", 0)
+                if index not in waiting_for:
+                    raise _nonsense(worker, f"an event of sample {index}, which has ended or never was")
+                if not isinstance(event, LegReply):
                     yield event
+                    continue
+                waiting_for.remove(event.index)
+                if waiting_for:
+                    yield event
+                else:
+                    last = event
     if last is None:
         raise LegFailed(
             f"decode leg on {worker.url}: the stream ended without a last event", leg="decode", stage="stream"
@@ -74,38 +98,48 @@ async def stream(session: aiohttp.ClientSession, worker: Worker, body: bytes) ->
     yield last
 
 
-async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[bytes, None]:
+async def _events(content: aiohttp.StreamReader) -> AsyncGenerator[bytearray, None]:
     """Cut a stream into the data of its events. Not by `readline`: an event with rows may be longer than any buffer."""
     pending = bytearray()
     async for chunk in content.iter_any():
         seen = max(0, len(pending) - 1)
         pending += chunk
         while (end := pending.find(b"\n\n", seen)) >= 0:
-            event = bytes(pending[:end]).strip()
-            del pending[: end + 2]
+            # What follows the event is copied, and not the event, which may be large.
+            event, pending = pending, pending[end + 2 :]
+            del event[end:]
             seen = 0
             if event.startswith(_DATA):
-                yield event[len(_DATA) :].strip()
+                del event[: len(_DATA)]
+                yield event
 
 
-def _decoded(worker: Worker, data: bytes, *, is_event: bool) -> LegReply:
+async def _decoded_event(worker: Worker, data: bytearray) -> Reply | LegReply:
     try:
-        return decode_last_event(data) if is_event else decode_leg(data)
-    except ValueError as error:
-        raise _nonsense(worker, error) from error
-
-
-def _decoded_event(worker: Worker, data: bytes) -> Reply | LegReply:
-    try:
+        # No string of a JSON document can hold these bytes: its quotes would be escaped.
+        if len(data) > _LARGE_EVENT_BYTES and b'"routed_experts":' in data:
+            return _checked(worker, await asyncio.to_thread(decode_last_event, data))
         event = msgspec.json.decode(data, type=dict[str, object])
+        if "error" in event:
+            raise ReportedError(_report(worker, 502, data))
+        meta = event.get("meta_info")
+        if not isinstance(meta, dict):
+            raise _nonsense(worker, "an event without meta_info")
+        return event if meta.get("finish_reason") is None else _checked(worker, decode_last_event(data))
     except ValueError as error:
         raise _nonsense(worker, error) from error
-    if "error" in event:
-        raise ReportedError(_report(worker, 502, data))
-    meta = event.get("meta_info")
-    if not isinstance(meta, dict):
-        raise _nonsense(worker, "an event without meta_info")
-    return event if meta.get("finish_reason") is None else _decoded(worker, data, is_event=True)
+
+
+def _checked(worker: Worker, reply: LegReply) -> LegReply:
+    """Take a reply that is an answer: one that was cut short is one only if somebody asked for that."""
+    reason = reply.meta_info.finish_reason
+    if reason.type == "abort" and not reply.is_aborted:
+        raise LegFailed(
+            f"{worker.role} leg on {worker.url} was aborted: {reason.message or reason.cause or 'it says not why'}",
+            leg=worker.role,
+            stage="generate",
+        )
+    return reply
 
 
 def _nonsense(worker: Worker, why: object) -> LegFailed:
@@ -114,7 +148,7 @@ def _nonsense(worker: Worker, why: object) -> LegFailed:
     )
 
 
-def _report(worker: Worker, status: int, body: bytes) -> ErrorReport:
+def _report(worker: Worker, status: int, body: bytes | bytearray) -> ErrorReport:
     """Make the client's error of a worker's: the client's own mistakes as they are, a failure as one of the leg's."""
     report = msgspec.structs.replace(decode_error(status, body), leg=worker.role)
     if 400 <= status < 500:

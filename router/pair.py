@@ -1,18 +1,19 @@
-"""One sample over one pair of workers: both legs at once, and the failure of one is the end of both.
+"""One prompt over one pair of workers: both legs at once, and the failure of one is the end of both.
 
     answer   prefill ----------> reply \\
              decode  ----------------------> reply -> combine -> Answer
     stream   prefill ----------> reply ............\\
              decode  --> event --> event --> last -> combine -> Answer
 
-It knows no client and no reply format. Neighbours: `legs` (one leg), `combine` (joins the replies), `membership` (the
-workers), `app` (asks).
+The prefill leg runs once for all n samples of the prompt, and the decode leg runs all of them. A prompt that somebody
+aborts (`control`) ends with what its legs have. This knows no client and no reply format. Neighbours: `legs` (one leg),
+`combine` (joins the replies), `membership` (the workers), `generate_api` and `openai_api` (ask).
 """
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any, TypeVar
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 from msgspec.structs import replace
@@ -23,77 +24,118 @@ from common.messages import Bootstrap, ErrorReport, ReportedError
 from common.protocol.generate import Sample
 from common.protocol.legs import LegReply, encode_leg
 from common.protocol.replies import Reply
-from router.combine import Answer, combine_pair, combine_score
+from router.combine import Answer, combine_pair, combine_score, combine_unfinished, is_unfinished
 from router.legs import fetch, stream
 from router.membership import Membership, Worker
 from router.metrics import RouterMetrics
+from router.registry import OpenSample, Registry
 
 Result = TypeVar("Result")
 
 
+class SampleEvent(NamedTuple):
+    """What a stream tells of one sample of its prompt, the `number`th from 0: its text so far, or its end."""
+
+    number: int
+    content: Reply | Answer
+
+
 class Pairs:
-    """Runs samples over pairs. Whatever goes wrong is raised as ReportedError, with the sample's rid."""
+    """Runs prompts over pairs. Whatever goes wrong is raised as ReportedError, with the prompt's rid."""
 
     def __init__(
-        self, session: aiohttp.ClientSession, membership: Membership, metrics: RouterMetrics, *, verify_rows: bool
+        self,
+        session: aiohttp.ClientSession,
+        membership: Membership,
+        registry: Registry,
+        metrics: RouterMetrics,
+        *,
+        verify_rows: bool,
     ) -> None:
         self._session = session
         self._membership = membership
+        self._registry = registry
         self._metrics = metrics
         self._verify_rows = verify_rows
 
-    async def answer(self, sample: Sample, *, deadline: float) -> Answer:
-        """Run a sample to its end. `deadline` is in the event loop's time."""
+    async def answer(self, sample: Sample, *, deadline: float) -> list[Answer]:
+        """Run a prompt to the end of all its n samples. `deadline` is in the event loop's time."""
         with self._reported(sample):
+            n = sample.options.sampling.n
             if sample.options.sampling.max_new_tokens == 0:
-                return await self._score(sample, deadline)
-            prefill, decode = self._membership.pick_prefill(), self._membership.pick_decode()
-            body = encode_leg(sample, rid=new_rid(), bootstrap=_bootstrap(prefill), stream=False)
-            with prefill.busy(), decode.busy():
+                return [self._counted(await self._score(sample, deadline))] * n
+            async with self._legs(sample) as (pair, bootstrap):
+                body = encode_leg(sample, rid=pair.open.leg_rid, bootstrap=bootstrap, stream=False)
                 async with (
-                    _running(fetch(self._session, prefill, body)) as prefill_leg,
-                    _running(fetch(self._session, decode, body)) as decode_leg,
+                    _running(_finished(fetch(self._session, pair.prefill, body))) as prefill_leg,
+                    _running(_finished(fetch(self._session, pair.decode, body, n=n))) as decode_leg,
                 ):
-                    legs = [(prefill, prefill_leg), (decode, decode_leg)]
-                    await _until([prefill_leg, decode_leg], legs, deadline)
-                    replies = prefill_leg.result(), decode_leg.result()
-            return self._counted(await combine_pair(sample, *replies, verify_rows=self._verify_rows))
+                    legs = [(pair.prefill, prefill_leg), (pair.decode, decode_leg)]
+                    try:
+                        await _until_ended([prefill_leg, decode_leg], legs, deadline, pair.open)
+                    except _Unfinished as end:
+                        return [combine_unfinished(sample, end.reply)] * n
+                    (prefill,), replies = prefill_leg.result(), decode_leg.result()
+            return [await self._combined(sample, index, prefill, reply) for index, reply in enumerate(replies)]
 
-    async def stream(self, sample: Sample, *, deadline: float) -> AsyncGenerator[Reply | Answer, None]:
-        """Run a sample: the decode leg's events as they come, with the client's rid, and an Answer as the last one.
+    async def stream(self, sample: Sample, *, deadline: float) -> AsyncGenerator[SampleEvent, None]:
+        """Run a prompt: the decode leg's events as they come, with the client's rid, and an Answer as each sample's last one.
 
         Close the generator when done with it (`contextlib.aclosing`).
         """
         with self._reported(sample):
+            n = sample.options.sampling.n
             if sample.options.sampling.max_new_tokens == 0:
-                yield await self._score(sample, deadline)
+                answer = self._counted(await self._score(sample, deadline))
+                for index in range(n):
+                    yield SampleEvent(index, answer)
                 return
-            prefill, decode = self._membership.pick_prefill(), self._membership.pick_decode()
-            rid, bootstrap = new_rid(), _bootstrap(prefill)
-            prefill_body = encode_leg(sample, rid=rid, bootstrap=bootstrap, stream=False)
-            decode_body = encode_leg(sample, rid=rid, bootstrap=bootstrap, stream=True)
-            with prefill.busy(), decode.busy():
+            async with self._legs(sample) as (pair, bootstrap):
+                rid = pair.open.leg_rid
+                prefill_body = encode_leg(sample, rid=rid, bootstrap=bootstrap, stream=False)
+                decode_body = encode_leg(sample, rid=rid, bootstrap=bootstrap, stream=True)
                 async with (
-                    _running(fetch(self._session, prefill, prefill_body)) as prefill_leg,
-                    aclosing(stream(self._session, decode, decode_body)) as events,
+                    _running(_finished(fetch(self._session, pair.prefill, prefill_body))) as prefill_leg,
+                    aclosing(stream(self._session, pair.decode, decode_body, n=n)) as events,
                 ):
-                    while not isinstance(
-                        event := await _next(events, decode, prefill, prefill_leg, deadline), LegReply
-                    ):
-                        yield _renamed(event, sample.rid)
-                    await _until([prefill_leg], [(prefill, prefill_leg)], deadline)
-                    reply = prefill_leg.result()
-            yield self._counted(await combine_pair(sample, reply, event, verify_rows=self._verify_rows))
+                    running = set(range(n))
+                    try:
+                        while running:
+                            event = await _next(events, pair, prefill_leg, deadline)
+                            if not isinstance(event, LegReply):
+                                yield SampleEvent(_index_of(event), _renamed(event, sample.rid))
+                                continue
+                            if is_unfinished(event):
+                                raise _Unfinished(event)
+                            await _until([prefill_leg], [(pair.prefill, prefill_leg)], deadline)
+                            (prefill,) = prefill_leg.result()
+                            yield SampleEvent(event.index, await self._combined(sample, event.index, prefill, event))
+                            running.remove(event.index)
+                    except _Unfinished as end:
+                        for index in sorted(running):
+                            yield SampleEvent(index, combine_unfinished(sample, end.reply))
 
     async def _score(self, sample: Sample, deadline: float) -> Answer:
-        """Run a sample that asks for no tokens, on the prefill leg alone."""
+        """Run a prompt that asks for no tokens, on the prefill leg alone: all its samples are alike."""
         prefill = self._membership.pick_prefill()
-        body = encode_leg(sample, rid=new_rid(), bootstrap=None, stream=False)
-        with prefill.busy():
+        entry = OpenSample(sample.rid, new_rid(), (prefill,))
+        body = encode_leg(sample, rid=entry.leg_rid, bootstrap=None, stream=False)
+        with prefill.busy(), self._registry.entered(entry):
             async with _running(fetch(self._session, prefill, body)) as leg:
                 await _until([leg], [(prefill, leg)], deadline)
-                reply = leg.result()
-        return self._counted(await combine_score(sample, reply, verify_rows=self._verify_rows))
+                (reply,) = leg.result()
+        return await combine_score(sample, reply, verify_rows=self._verify_rows)
+
+    @asynccontextmanager
+    async def _legs(self, sample: Sample) -> AsyncIterator[tuple["_Pair", Bootstrap]]:
+        """Pick a pair for a prompt, and count it and name it as long as it lasts."""
+        prefill, decode = self._membership.pick_prefill(), self._membership.pick_decode()
+        pair = _Pair(prefill, decode, OpenSample(sample.rid, new_rid(), (prefill, decode)))
+        with prefill.busy(), decode.busy(), self._registry.entered(pair.open):
+            yield pair, _bootstrap(prefill, sample.options.sampling.n)
+
+    async def _combined(self, sample: Sample, index: int, prefill: LegReply, decode: LegReply) -> Answer:
+        return self._counted(await combine_pair(sample, index, prefill, decode, verify_rows=self._verify_rows))
 
     def _counted(self, answer: Answer) -> Answer:
         if answer.rows is not None:
@@ -110,9 +152,29 @@ class Pairs:
             raise ReportedError(replace(report, rid=sample.rid)) from error
 
 
-def _bootstrap(prefill: Worker) -> Bootstrap:
+class _Unfinished(Exception):
+    """A leg was ended before it had a token, because somebody asked for it: that is its prompt's answer."""
+
+    def __init__(self, reply: LegReply) -> None:
+        super().__init__("aborted before the first token")
+        self.reply = reply
+
+
+class _Pair(NamedTuple):
+    prefill: Worker
+    decode: Worker
+    open: OpenSample
+
+
+def _bootstrap(prefill: Worker, n: int) -> Bootstrap:
     assert prefill.bootstrap_port is not None, f"{prefill.url} is no prefill worker"
-    return Bootstrap(prefill.host, prefill.bootstrap_port, new_room())
+    return Bootstrap(prefill.host, prefill.bootstrap_port, tuple(new_room() for _ in range(n)))
+
+
+def _index_of(event: Reply) -> int:
+    index = event.pop("index", 0)
+    assert isinstance(index, int)
+    return index
 
 
 def _renamed(event: Reply, rid: str) -> Reply:
@@ -151,17 +213,49 @@ async def _until(
                 task.result()
 
 
+async def _finished(replies: Awaitable[list[LegReply]]) -> list[LegReply]:
+    """Wait for a leg's replies. Raises _Unfinished if it was aborted before it had a token."""
+    ended = await replies
+    if is_unfinished(ended[0]):
+        raise _Unfinished(ended[0])
+    return ended
+
+
+async def _until_ended(
+    needed: Sequence[asyncio.Task[Any]],
+    legs: Sequence[tuple[Worker, asyncio.Task[Any]]],
+    deadline: float,
+    sample: OpenSample,
+) -> None:
+    """Wait as `_until` does; but of a prompt that is being aborted, one leg's failure is not the end.
+
+    The abort reaches one leg before the other, which may see no more than that the first one is gone. The answer is then the
+    first one's, if that was ended before it had a token.
+    """
+    try:
+        await _until(needed, legs, deadline)
+    except TandemError:
+        if not sample.is_aborted:
+            raise
+        for worker, task in legs:
+            with suppress(TandemError):
+                await _until([task], [(worker, task)], deadline)
+                task.result()
+        if not all(task.done() and task.exception() is None for task in needed):
+            raise
+
+
 async def _next(
     events: AsyncGenerator[Reply | LegReply, None],
-    decode: Worker,
-    prefill: Worker,
-    prefill_leg: asyncio.Task[LegReply],
+    pair: _Pair,
+    prefill_leg: asyncio.Task[list[LegReply]],
     deadline: float,
 ) -> Reply | LegReply:
     """Wait for the decode leg's next event, or for the prefill leg's failure."""
     if not prefill_leg.done():
         async with _running(anext(events)) as coming:
-            await _until([coming], [(prefill, prefill_leg), (decode, coming)], deadline)
+            legs: list[tuple[Worker, asyncio.Task[Any]]] = [(pair.prefill, prefill_leg), (pair.decode, coming)]
+            await _until_ended([coming], legs, deadline, pair.open)
             return coming.result()
     prefill_leg.result()
     # Nearly all events come after the prefill leg has answered, and need no task of their own.
@@ -169,7 +263,7 @@ async def _next(
         async with asyncio.timeout_at(deadline):
             return await anext(events)
     except TimeoutError as error:
-        raise _too_late([decode]) from error
+        raise _too_late([pair.decode]) from error
 
 
 def _too_late(waiting_for: Sequence[Worker]) -> DeadlineExceeded:

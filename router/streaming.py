@@ -1,70 +1,91 @@
 """Event streams to the client: the events of all samples as they come, and rows in each sample's last one.
 
 Until the first event is there nothing is sent, so that an early failure still has its status. A later one becomes an
-event, and then the stream ends without `[DONE]`. Neighbours: `app` (calls it), `pair` (where the events come from),
-`replies` (the last event).
+event, and then the stream ends without `[DONE]`. It knows no dialect: whoever calls it brings a writer of events.
+Neighbours: `generate_api` and `openai_api` (call it), `pair` (where the events come from).
 """
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from aiohttp import web
 
-from common.messages import ReportedError
-from common.protocol.generate import GenerateCall, Sample
-from common.protocol.replies import SSE_DONE, Reply, error_fields, sse_event
+from common.messages import ErrorReport, ReportedError
+from common.protocol.generate import Sample
+from common.protocol.replies import SSE_DONE, Reply
+from common.server.bodies import Body
 from common.server.http import EventStream, together
 from router.combine import Answer
+from router.intake import Times
 from router.pair import Pairs
-from router.replies import answer_reply
 
 _log = logging.getLogger(__name__)
 
-# Base64 and JSON of more rows than this are made in a thread.
-_LARGE_ROWS_BYTES = 256 * 2**10
+
+class EventWriter(Protocol):
+    """Writes events in the client's dialect. `index` counts the samples of all prompts."""
+
+    def progress(self, index: int, event: Reply) -> bytes:
+        """Write what tells of a sample that goes on; the event's text and ids are cumulative."""
+
+    def last(self, index: int, sample: Sample, answer: Answer, e2e_latency_s: float) -> Body:
+        """Write what tells of a sample's end."""
+
+    def error(self, report: ErrorReport) -> bytes:
+        """Write what ends a stream that failed."""
 
 
 async def send_stream(
-    request: web.Request, call: GenerateCall, pairs: Pairs, *, started: float, deadline: float
+    request: web.Request,
+    samples: Sequence[Sample],
+    pairs: Pairs,
+    writer: EventWriter,
+    times: Times,
 ) -> tuple[web.StreamResponse, int]:
     """Run all samples and write their events; returns the response and the status that tells how it went.
 
     Raises ReportedError if a sample fails before the first event of any.
     """
+    loop = asyncio.get_running_loop()
     client = EventStream(request)
+    # A large event is written in several parts, which belong together.
+    turn = asyncio.Lock()
+    is_cut = False
 
-    async def relay(sample: Sample, index: int | None) -> None:
-        async with aclosing(pairs.stream(sample, deadline=deadline)) as events:
-            async for event in events:
-                if isinstance(event, Answer):
-                    await client.send(await _last_event(sample, event, index, started))
-                else:
-                    await client.send(sse_event(_indexed(event, index)))
+    async def relay(sample: Sample, first_index: int) -> None:
+        nonlocal is_cut
+        async with aclosing(pairs.stream(sample, deadline=times.deadline)) as events:
+            async for number, content in events:
+                index = first_index + number
+                async with turn:
+                    if isinstance(content, Answer):
+                        body = writer.last(index, sample, content, loop.time() - times.started)
+                        is_cut = True
+                        async for part in body.written():
+                            await client.send(part)
+                        is_cut = False
+                    elif event := writer.progress(index, content):
+                        await client.send(event)
 
     try:
-        await together([relay(sample, i if call.is_list else None) for i, sample in enumerate(call.samples)])
+        await together([relay(sample, index) for sample, index in zip(samples, first_indices(samples), strict=True)])
     except ReportedError as error:
         if not client.response.prepared:
             raise
         _log.warning("stream %s failed with %d: %s", error.report.rid, error.report.status, error)
-        await client.end(sse_event(error_fields(error.report)))
+        # Another sample's failure may have come in the middle of an event.
+        await client.end((b"\n\n" if is_cut else b"") + writer.error(error.report))
         return client.response, error.report.status
     await client.end(SSE_DONE)
     return client.response, 200
 
 
-async def _last_event(sample: Sample, answer: Answer, index: int | None, started: float) -> bytes:
-    latency_s = asyncio.get_running_loop().time() - started
-
-    def run() -> bytes:
-        return sse_event(_indexed(answer_reply(sample, answer, latency_s), index))
-
-    if answer.rows is not None and len(answer.rows.data) > _LARGE_ROWS_BYTES:
-        return await asyncio.to_thread(run)
-    return run()
-
-
-def _indexed(event: Reply, index: int | None) -> Reply:
-    """Add the sample's place in the list, if there is a list."""
-    return event if index is None else {**event, "index": index}
+def first_indices(samples: Sequence[Sample]) -> list[int]:
+    """Number the samples of all prompts through, those of one prompt together; gives each prompt's first number."""
+    indices = [0]
+    for sample in samples:
+        indices.append(indices[-1] + sample.options.sampling.n)
+    return indices[:-1]

@@ -75,6 +75,8 @@ class Launched:
             top_count = entry.request.message.options.top_logprobs_num
             samples = list(zip(islice(tokens, entry.samples), islice(drawn, entry.samples), strict=True))
             scores = list(islice(scored, num_scored))
+            assert len(samples) == entry.samples, "fewer tokens were drawn than entries sample"
+            assert len(scores) == num_scored, "fewer tokens were scored than entries ask for"
             outcomes.append(
                 Outcome(
                     tuple(Sampled(token, logprob, top[:top_count]) for token, (logprob, top) in samples),
@@ -82,6 +84,7 @@ class Launched:
                 )
             )
         assert next(tokens, None) is None, "more tokens were drawn than entries sample"
+        assert next(drawn, None) is None, "more logprobs have landed than tokens were drawn"
         assert next(scored, None) is None, "more tokens were scored than entries ask for"
         return StepResult(self._plan, tuple(outcomes))
 

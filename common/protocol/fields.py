@@ -70,15 +70,7 @@ class Fields:
     ) -> float:
         """Read a number within the bounds that are given."""
         value = self.values.get(field)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise RequestError(self.name(field), f"must be a number, not {kind_of(value)}")
-        # An integer too large for a float is out of every bound; comparing it is exact, converting it would raise.
-        if (ge is not None and value < ge) or (gt is not None and value <= gt) or (le is not None and value > le):
-            bounds = [f"{sign} {bound}" for sign, bound in ((">=", ge), (">", gt), ("<=", le)) if bound is not None]
-            raise RequestError(self.name(field), f"must be {' and '.join(bounds)}, but is {value}")
-        return float(value)
+        return default if value is None else as_number(self.name(field), value, ge=ge, gt=gt, le=le)
 
     def string(self, field: str, default: str) -> str:
         """Read a string."""
@@ -95,6 +87,19 @@ def as_integer(name: str, value: object, *, ge: int, le: int) -> int:
     if not ge <= value <= le:
         raise RequestError(name, f"must be in [{ge}, {le}], but is {value if abs(value) < 2**64 else 'far outside'}")
     return value
+
+
+def as_number(
+    name: str, value: object, *, ge: float | None = None, gt: float | None = None, le: float | None = None
+) -> float:
+    """Take a number within the bounds that are given."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RequestError(name, f"must be a number, not {kind_of(value)}")
+    # An integer too large for a float is out of every bound; comparing it is exact, converting it would raise.
+    if (ge is not None and value < ge) or (gt is not None and value <= gt) or (le is not None and value > le):
+        bounds = [f"{sign} {bound}" for sign, bound in ((">=", ge), (">", gt), ("<=", le)) if bound is not None]
+        raise RequestError(name, f"must be {' and '.join(bounds)}, but is {value if abs(value) < 1e18 else 'huge'}")
+    return float(value)
 
 
 def as_string(name: str, value: object) -> str:

@@ -1,44 +1,67 @@
-"""The body of POST /generate, as typed samples.
+"""The body of POST /generate, as typed samples: one `Sample` a prompt, however many answers it is to have.
 
 It knows no model and no tokenizer: `limits.check_limits` checks a sample against a model once its prompt is tokenised.
-Neighbours: `fields` (typed reading), `refusals` (known fields that cannot be honoured), `replies` (the answers),
-`legs` (the same bodies, written by the router).
+Neighbours: `fields` (typed reading), `sampling` (sampling_params), `refusals` (known fields that cannot be honoured),
+`replies` (the answers), `legs` (the same bodies, written by the router).
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+import msgspec
 from msgspec import Struct
 
 from common.errors import RequestError
-from common.ids import MAX_ROOM, new_rid, new_seed
+from common.ids import MAX_ROOM, new_rid
 from common.messages import Bootstrap, RequestOptions, SamplingParams
 from common.protocol.fields import Fields, as_integer, as_string, as_token_ids, decode_object, kind_of
-from common.protocol.refusals import REQUEST_NEUTRALS, SAMPLING_NEUTRALS, refuse_unsupported
+from common.protocol.refusals import REQUEST_NEUTRALS, refuse_unsupported
+from common.protocol.sampling import parse_sampling
 
 MAX_RID_CHARS = 512
+MAX_TOP_LOGPROBS = 20
+
+Message = Mapping[str, object]
+Messages = tuple[Message, ...]
+Prompt = str | tuple[int, ...] | Messages
 
 
 class Sample(Struct, frozen=True, kw_only=True):
-    """One prompt and all that was asked for it; exactly one of `text` and `input_ids` is there, and it is not empty."""
+    """One prompt and all that was asked for it, for each of its `options.sampling.n` answers.
+
+    Exactly one of `text`, `input_ids` and `messages` is there, and it is not empty. `chat_template_kwargs` belong to
+    `messages`, which the worker's tokenizer renders.
+    """
 
     rid: str
     options: RequestOptions
     text: str | None = None
     input_ids: tuple[int, ...] | None = None
+    messages: Messages | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     bootstrap: Bootstrap | None = None
 
     @property
-    def prompt_field(self) -> Literal["text", "input_ids"]:
+    def prompt_field(self) -> Literal["text", "input_ids", "messages"]:
         """The field that the prompt came in, for messages about it."""
+        if self.messages is not None:
+            return "messages"
         return "text" if self.input_ids is None else "input_ids"
 
 
 class GenerateCall(Struct, frozen=True):
-    """A whole request. `is_list` says whether the answer is a list, which it also is for a list of one prompt."""
+    """A whole request. `is_list` says whether the answer is a list: for a list of prompts, even of one, and for n > 1."""
 
     samples: tuple[Sample, ...]
     is_list: bool
     stream: bool
+    has_prompt_list: bool = False
+    """Whether the prompts came as a list; a prefill leg, which answers each prompt once, replies a list only then."""
+
+    @property
+    def num_answers(self) -> int:
+        """Answers in all: n of each prompt."""
+        return sum(sample.options.sampling.n for sample in self.samples)
 
 
 def parse_generate(body: bytes) -> GenerateCall:
@@ -49,44 +72,47 @@ def parse_generate(body: bytes) -> GenerateCall:
     """
     fields = Fields(decode_object(body))
     refuse_unsupported(fields, REQUEST_NEUTRALS)
-    prompts, is_list = _prompts(fields)
+    prompt_field, prompts, is_list = _prompts(fields)
     count = len(prompts)
     rids = _rids(fields.values.get("rid"), count, is_list=is_list)
     sampling = _sampling_params(fields.values.get("sampling_params"), count, is_list=is_list)
-    bootstraps = _bootstraps(fields, count, is_list=is_list)
+    bootstraps = _bootstraps(fields, [params.n for params in sampling], is_list=is_list)
     shared = _options(fields)
+    template = _chat_template_kwargs(fields) if prompt_field == "messages" else {}
     samples = tuple(
         Sample(
             rid=rids[i],
-            options=RequestOptions(
-                sampling=sampling[i],
-                stream=shared.stream,
-                return_logprob=shared.return_logprob,
-                return_routed_experts=shared.return_routed_experts,
-                routed_experts_start_len=shared.routed_experts_start_len,
-                routed_experts_dtype=shared.routed_experts_dtype,
-            ),
-            text=prompt if isinstance(prompt, str) else None,
-            input_ids=None if isinstance(prompt, str) else prompt,
+            options=msgspec.structs.replace(shared, sampling=sampling[i]),
             bootstrap=bootstraps[i],
+            chat_template_kwargs=template,
+            **{prompt_field: prompt},  # type: ignore[arg-type]
         )
         for i, prompt in enumerate(prompts)
     )
-    return GenerateCall(samples, is_list, shared.stream)
+    return GenerateCall(samples, is_list or sampling[0].n > 1, shared.stream, is_list)
 
 
-def _prompts(fields: Fields) -> tuple[list[str | tuple[int, ...]], bool]:
-    text, ids = fields.values.get("text"), fields.values.get("input_ids")
-    if text is not None and ids is not None:
-        raise RequestError("input_ids", "give either text or input_ids, not both")
-    if text is not None:
-        return _text_prompts(text)
-    if ids is not None:
-        return _id_prompts(ids)
-    raise RequestError("text", "give the prompt as text or as input_ids")
+# ------------------------------------------------------------------------------------------------ prompts
 
 
-def _text_prompts(text: object) -> tuple[list[str | tuple[int, ...]], bool]:
+def _prompts(fields: Fields) -> tuple[str, list[Prompt], bool]:
+    """Find the prompts: the field that they came in, the prompts, and whether they are a list."""
+    given = [name for name in ("text", "input_ids", "messages") if fields.values.get(name) is not None]
+    if not given:
+        raise RequestError("text", "give the prompt as text, as input_ids or as messages")
+    if len(given) > 1:
+        raise RequestError(given[1], f"give either {given[0]} or {given[1]}, not both")
+    value = fields.values[given[0]]
+    match given[0]:
+        case "text":
+            return "text", *_text_prompts(value)
+        case "input_ids":
+            return "input_ids", *_id_prompts(value)
+        case _:
+            return "messages", [_messages(value)], False
+
+
+def _text_prompts(text: object) -> tuple[list[Prompt], bool]:
     if isinstance(text, list):
         if not text:
             raise RequestError("text", "must not be an empty list")
@@ -94,7 +120,7 @@ def _text_prompts(text: object) -> tuple[list[str | tuple[int, ...]], bool]:
     return [_non_empty("text", as_string("text", text))], False
 
 
-def _id_prompts(ids: object) -> tuple[list[str | tuple[int, ...]], bool]:
+def _id_prompts(ids: object) -> tuple[list[Prompt], bool]:
     if isinstance(ids, list) and ids and isinstance(ids[0], list):
         return [
             _non_empty(f"input_ids[{i}]", as_token_ids(f"input_ids[{i}]", item)) for i, item in enumerate(ids)
@@ -102,10 +128,40 @@ def _id_prompts(ids: object) -> tuple[list[str | tuple[int, ...]], bool]:
     return [_non_empty("input_ids", as_token_ids("input_ids", ids))], False
 
 
-def _non_empty(name: str, prompt: str | tuple[int, ...]) -> str | tuple[int, ...]:
+def _non_empty(name: str, prompt: Prompt) -> Prompt:
     if not prompt:
         raise RequestError(name, "the prompt must not be empty")
     return prompt
+
+
+def _messages(value: object) -> Messages:
+    """Read one conversation; what a message has besides its role and its content is the template's to use."""
+    if not isinstance(value, list):
+        raise RequestError("messages", f"must be a list of messages, not {kind_of(value)}")
+    if not value:
+        raise RequestError("messages", "the prompt must not be empty")
+    for i, message in enumerate(value):
+        if isinstance(message, list):
+            raise RequestError(
+                f"messages[{i}]", "must be a message; a request has one conversation, not a list of them"
+            )
+        if not isinstance(message, dict):
+            raise RequestError(f"messages[{i}]", f"must be an object, not {kind_of(message)}")
+        for name in ("role", "content"):
+            as_string(f"messages[{i}].{name}", message.get(name))
+    return tuple(value)
+
+
+def _chat_template_kwargs(fields: Fields) -> dict[str, Any]:
+    value = fields.values.get("chat_template_kwargs")
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RequestError("chat_template_kwargs", f"must be an object, not {kind_of(value)}")
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ everything else
 
 
 def _rids(value: object, count: int, *, is_list: bool) -> list[str]:
@@ -130,81 +186,78 @@ def _rid(name: str, value: object) -> str:
 def _sampling_params(value: object, count: int, *, is_list: bool) -> list[SamplingParams]:
     if isinstance(value, list):
         items = _one_for_each("sampling_params", value, count, is_list=is_list)
-        return [_one_sampling_params(f"sampling_params[{i}]", item) for i, item in enumerate(items)]
+        return [parse_sampling(f"sampling_params[{i}]", item) for i, item in enumerate(items)]
     # Without a seed of its own, each prompt of a list draws another one.
-    return [_one_sampling_params("sampling_params", value) for _ in range(count)]
-
-
-def _one_sampling_params(name: str, value: object) -> SamplingParams:
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):
-        raise RequestError(name, f"must be an object, not {kind_of(value)}")
-    fields = Fields(value, f"{name}.")
-    refuse_unsupported(fields, SAMPLING_NEUTRALS)
-    top_k = fields.integer("top_k", -1, ge=-1)
-    if top_k == 0:
-        raise RequestError(fields.name("top_k"), "must be -1 (off) or at least 1, but is 0")
-    defaults = SamplingParams()
-    stop_token_ids = value.get("stop_token_ids")
-    seed = value.get("sampling_seed")
-    return SamplingParams(
-        max_new_tokens=fields.integer("max_new_tokens", defaults.max_new_tokens, ge=0),
-        temperature=fields.number("temperature", defaults.temperature, ge=0, le=1e6),
-        top_p=fields.number("top_p", defaults.top_p, gt=0, le=1),
-        top_k=top_k,
-        min_p=fields.number("min_p", defaults.min_p, ge=0, le=1),
-        ignore_eos=fields.boolean("ignore_eos", defaults.ignore_eos),
-        stop_token_ids=()
-        if stop_token_ids is None
-        else tuple(sorted(set(as_token_ids(fields.name("stop_token_ids"), stop_token_ids)))),
-        skip_special_tokens=fields.boolean("skip_special_tokens", defaults.skip_special_tokens),
-        spaces_between_special_tokens=fields.boolean(
-            "spaces_between_special_tokens", defaults.spaces_between_special_tokens
-        ),
-        seed=new_seed() if seed is None else as_integer(fields.name("sampling_seed"), seed, ge=0, le=2**63 - 1),
-    )
+    return [parse_sampling("sampling_params", value) for _ in range(count)]
 
 
 def _options(fields: Fields) -> RequestOptions:
     """Read what all samples of a request share; its `sampling` is not read here."""
+    wants_logprobs = fields.boolean("return_logprob", False)
     wants_rows = fields.boolean("return_routed_experts", False)
     form = fields.string("routed_experts_dtype", "int32")
     if form not in ("int32", "auto"):
         raise RequestError("routed_experts_dtype", f'must be "int32" or "auto", but is "{form[:40]}"')
-    return RequestOptions(
+    options = RequestOptions(
         stream=fields.boolean("stream", False),
-        return_logprob=fields.boolean("return_logprob", False),
+        return_logprob=wants_logprobs,
         return_routed_experts=wants_rows,
-        # Without rows the start means nothing, and a wrong one harms nobody.
-        routed_experts_start_len=fields.integer("routed_experts_start_len", 0, ge=0) if wants_rows else 0,
         routed_experts_dtype="int32" if form == "int32" else "auto",
     )
+    # Without logprobs or rows, where they start means nothing, and a wrong start harms nobody.
+    if wants_logprobs:
+        options = msgspec.structs.replace(
+            options,
+            logprob_start_len=fields.integer("logprob_start_len", -1, ge=-1),
+            top_logprobs_num=fields.integer("top_logprobs_num", 0, ge=0, le=MAX_TOP_LOGPROBS),
+            return_text_in_logprobs=fields.boolean("return_text_in_logprobs", False),
+        )
+    if wants_rows:
+        start = fields.integer("routed_experts_start_len", 0, ge=0)
+        options = msgspec.structs.replace(options, routed_experts_start_len=start)
+    return options
 
 
-def _bootstraps(fields: Fields, count: int, *, is_list: bool) -> list[Bootstrap | None]:
+def _bootstraps(fields: Fields, ns: list[int], *, is_list: bool) -> list[Bootstrap | None]:
+    """Read where each prompt's other leg is; `ns` are the prompts' numbers of answers, each of which has a room."""
     names = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
     given = [fields.values.get(name) for name in names]
     if all(value is None for value in given):
-        return [None] * count
+        return [None] * len(ns)
     for name, value in zip(names, given, strict=True):
         if value is None:
             raise RequestError(name, f"is missing; {', '.join(names)} belong together")
-    hosts, ports, rooms = (
-        _one_for_each(name, value, count, is_list=is_list) if isinstance(value, list) else [value] * count
-        for name, value in zip(names, given, strict=True)
+    hosts, ports = (
+        _one_for_each(name, value, len(ns), is_list=is_list) if isinstance(value, list) else [value] * len(ns)
+        for name, value in zip(names[:2], given[:2], strict=True)
     )
-    bootstraps = [
-        Bootstrap(
-            as_string("bootstrap_host", host),
-            as_integer("bootstrap_port", port, ge=1, le=65535),
-            as_integer("bootstrap_room", room, ge=0, le=MAX_ROOM),
-        )
-        for host, port, room in zip(hosts, ports, rooms, strict=True)
-    ]
-    if len({bootstrap.room for bootstrap in bootstraps}) != count:
+    rooms = _rooms(given[2], ns, is_list=is_list)
+    if len({room for mine in rooms for room in mine}) != sum(ns):
         raise RequestError("bootstrap_room", "each sample needs a room of its own")
-    return list(bootstraps)
+    return [
+        Bootstrap(as_string("bootstrap_host", host), as_integer("bootstrap_port", port, ge=1, le=65535), mine)
+        for host, port, mine in zip(hosts, ports, rooms, strict=True)
+    ]
+
+
+def _rooms(value: object, ns: list[int], *, is_list: bool) -> list[tuple[int, ...]]:
+    """Read `bootstrap_room`: a room for a prompt with one answer, a list of n rooms for one with more."""
+    values = [value]
+    if is_list:
+        values = _one_for_each("bootstrap_room", value, len(ns), is_list=True) if isinstance(value, list) else values
+        if len(values) != len(ns):
+            raise RequestError("bootstrap_room", "each sample needs a room of its own")
+    rooms: list[tuple[int, ...]] = []
+    for n, item in zip(ns, values, strict=True):
+        if isinstance(item, list) and n > 1:
+            if len(item) != n:
+                raise RequestError("bootstrap_room", f"has {len(item)} rooms for {n} samples")
+            rooms.append(tuple(as_integer("bootstrap_room", room, ge=0, le=MAX_ROOM) for room in item))
+        elif n > 1:
+            raise RequestError("bootstrap_room", f"must be a list of {n} rooms, since n is {n}, not {kind_of(item)}")
+        else:
+            rooms.append((as_integer("bootstrap_room", item, ge=0, le=MAX_ROOM),))
+    return rooms
 
 
 def _one_for_each(name: str, values: list[object], count: int, *, is_list: bool) -> list[object]:

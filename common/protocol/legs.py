@@ -1,15 +1,31 @@
 """The router's side of a leg: the body it sends to a worker, and typed reading of what the worker answers.
 
+One prompt has one pair of legs, however many samples were asked for. The prefill leg answers with one reply, whose output
+ids are the first token of each sample; the decode leg with a list of one reply for each sample if there is more than one, or
+with a stream whose events have the sample's `index`.
+
 A leg's reply is a sample's reply with one more key, `leg`: `{"rows": RowHeader | null, "timings": {...}}`. As msgpack
 its rows are raw bytes; in the last event of a stream they are base64 of the same bytes ("auto"). Neighbours:
 `generate` (parses these bodies on the worker), `replies` (writes these answers).
 """
+
+import base64
+import re
+from typing import Final
 
 import msgspec
 from msgspec import Struct
 
 from common.messages import Bootstrap, ErrorReport, FinishReason, RequestOptions, RowBlock, RowHeader
 from common.protocol.generate import Sample
+from common.protocol.logprobs import LogprobItem
+
+TopLogprobItems = list[list[LogprobItem] | None]
+
+# Base64 of this many characters is decoded at a time: one call on many megabytes would hold the interpreter lock (R16).
+_SLICE_CHARS: Final = 4 * 48 * 2**10
+# No string of a JSON document can hold these bytes: its quotes would be escaped.
+_ROWS_KEY: Final = re.compile(rb'"routed_experts":\s*"')
 
 
 class LegExtras(Struct, frozen=True):
@@ -26,7 +42,10 @@ class LegMeta(Struct, frozen=True, kw_only=True):
     cached_tokens: int
     weight_version: str
     finish_reason: FinishReason
-    output_token_logprobs: list[tuple[float, int, str | None]] | None = None
+    input_token_logprobs: list[LogprobItem] | None = None
+    input_top_logprobs: TopLogprobItems | None = None
+    output_token_logprobs: list[LogprobItem] | None = None
+    output_top_logprobs: TopLogprobItems | None = None
     # Shares the memory of the reply if that is msgpack; decoded from base64 if it is JSON.
     routed_experts: memoryview | None = None
 
@@ -38,17 +57,19 @@ class LegReply(Struct, frozen=True):
     output_ids: list[int]
     meta_info: LegMeta
     leg: LegExtras
+    index: int = 0
+
+    @property
+    def is_aborted(self) -> bool:
+        """Say whether the leg was ended because somebody asked for it."""
+        reason = self.meta_info.finish_reason
+        return reason.type == "abort" and reason.cause == "requested"
 
     @property
     def rows(self) -> RowBlock | None:
         """The leg's rows, if it sent any; their bytes are still unchecked."""
         data, header = self.meta_info.routed_experts, self.leg.rows
         return None if data is None or header is None else RowBlock(header, data)
-
-    @property
-    def logprobs(self) -> list[float]:
-        """The logprob of each output id; empty if not asked for."""
-        return [logprob for logprob, _, _ in self.meta_info.output_token_logprobs or ()]
 
 
 class _ErrorFields(Struct, frozen=True, kw_only=True):
@@ -63,7 +84,7 @@ class _ErrorBody(Struct, frozen=True):
 
 
 def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream: bool) -> bytes:
-    """Write the body of one leg; both legs of a pair have the same, but for `stream`.
+    """Write the body of one leg; both legs of a pair have the same, but for `stream`. Without a bootstrap n is 1.
 
     Rows are asked for in their smallest form whatever the client wants: the router makes the client's form after the
     merge.
@@ -72,29 +93,52 @@ def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream:
     body: dict[str, object] = {
         "rid": rid,
         "stream": stream,
-        "sampling_params": _sampling_fields(options),
+        "sampling_params": _sampling_fields(options, n=1 if bootstrap is None else options.sampling.n),
         "return_logprob": options.return_logprob,
+        "logprob_start_len": options.logprob_start_len,
+        "top_logprobs_num": options.top_logprobs_num,
+        "return_text_in_logprobs": options.return_text_in_logprobs,
         "return_routed_experts": options.return_routed_experts,
         "routed_experts_start_len": options.routed_experts_start_len,
         "routed_experts_dtype": "auto",
-        sample.prompt_field: sample.text if sample.input_ids is None else sample.input_ids,
+        **_prompt_fields(sample),
     }
     if bootstrap is not None:
-        body |= {"bootstrap_host": bootstrap.host, "bootstrap_port": bootstrap.port, "bootstrap_room": bootstrap.room}
+        rooms = bootstrap.rooms
+        body |= {
+            "bootstrap_host": bootstrap.host,
+            "bootstrap_port": bootstrap.port,
+            "bootstrap_room": rooms[0] if len(rooms) == 1 else rooms,
+        }
     return msgspec.json.encode(body)
 
 
 def decode_leg(body: bytes) -> LegReply:
-    """Read a leg's msgpack reply; ValueError if it is none. The result's rows borrow the memory of `body`."""
+    """Read a leg's one msgpack reply; ValueError if it is none. The result's rows borrow the memory of `body`."""
     return msgspec.msgpack.decode(body, type=LegReply)
 
 
-def decode_last_event(data: bytes) -> LegReply:
-    """Read the last event of a stream; ValueError if it is none."""
-    return msgspec.json.decode(data, type=LegReply)
+def decode_samples(body: bytes | bytearray) -> list[LegReply]:
+    """Read a decode leg's msgpack reply, one for each sample; ValueError and memory as for `decode_leg`."""
+    replies = msgspec.msgpack.decode(body, type=LegReply | list[LegReply])
+    return replies if isinstance(replies, list) else [replies]
 
 
-def decode_error(status: int, body: bytes) -> ErrorReport:
+def decode_last_event(data: bytes | bytearray) -> LegReply:
+    """Read a sample's last event in a stream; ValueError if it is none. It may take long, but lets other threads run."""
+    found = _ROWS_KEY.search(data)
+    if found is None or len(data) < _SLICE_CHARS:
+        return msgspec.json.decode(data, type=LegReply)
+    begin, end = found.end(), data.find(b'"', found.end())
+    reply = msgspec.json.decode(data[:begin] + data[end:], type=LegReply)
+    encoded = memoryview(data)[begin:end]
+    slices = range(0, len(encoded), _SLICE_CHARS)
+    rows = b"".join([base64.b64decode(encoded[lo : lo + _SLICE_CHARS], validate=True) for lo in slices])
+    meta = msgspec.structs.replace(reply.meta_info, routed_experts=memoryview(rows))
+    return msgspec.structs.replace(reply, meta_info=meta)
+
+
+def decode_error(status: int, body: bytes | bytearray) -> ErrorReport:
     """Read a worker's error body, or an event of the same form; what is no such body is quoted as it is."""
     try:
         error = msgspec.json.decode(body, type=_ErrorBody).error
@@ -104,7 +148,13 @@ def decode_error(status: int, body: bytes) -> ErrorReport:
     return ErrorReport(status=status, message=error.message, code=error.code, leg=error.leg, stage=error.stage)
 
 
-def _sampling_fields(options: RequestOptions) -> dict[str, object]:
-    fields = msgspec.structs.asdict(options.sampling)
+def _prompt_fields(sample: Sample) -> dict[str, object]:
+    if sample.messages is not None:
+        return {"messages": sample.messages, "chat_template_kwargs": sample.chat_template_kwargs}
+    return {sample.prompt_field: sample.text if sample.input_ids is None else sample.input_ids}
+
+
+def _sampling_fields(options: RequestOptions, *, n: int) -> dict[str, object]:
+    fields = msgspec.structs.asdict(options.sampling) | {"n": n}
     fields["sampling_seed"] = fields.pop("seed")
     return fields

@@ -24,23 +24,12 @@ REQUEST_NEUTRALS: Final[dict[str, tuple[object, ...]]] = {
     "response_format": ({"type": "text"},),
     "tools": (),
     "beam_width": (0, 1),
-    "logprob_start_len": (-1,),
-    "top_logprobs_num": (0,),
     "token_ids_logprob": (),
-    "return_text_in_logprobs": (False,),
 }
 
 SAMPLING_NEUTRALS: Final[dict[str, tuple[object, ...]]] = {
-    "n": (1,),
     "beam_width": (0, 1),
-    "stop": ("",),
     "stop_regex": ("",),
-    "min_new_tokens": (0,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "no_stop_trim": (False,),
     "json_schema": ("",),
     "regex": ("",),
     "ebnf": ("",),

@@ -1,7 +1,8 @@
 """Answers to POST /generate: the reply of one sample, the events of a stream, and errors; as JSON or msgpack.
 
 It knows no rows: `common.routed_experts.codec.row_fields` makes their fields, and whoever answers passes them in.
-Neighbours: `generate` (the requests), `legs` (how the router reads what a worker wrote with this module).
+Neighbours: `generate` (the requests), `logprobs` (the fields of logprobs), `legs` (how the router reads what a worker
+wrote with this module).
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from common.errors import RequestError
-from common.messages import ErrorReport, Finished, RequestOptions
+from common.messages import ErrorReport, Finished, RequestOptions, TopLogprobs
+from common.protocol.logprobs import TextOf, logprob_fields, output_logprob_fields
 
 MSGPACK = "application/msgpack"
 SSE_DONE = b"data: [DONE]\n\n"
@@ -33,20 +35,24 @@ def sample_reply(
     weight_version: str,
     e2e_latency_s: float,
     rows: Mapping[str, object] | None = None,
+    logprobs: Mapping[str, object] | None = None,
     is_leg: bool = False,
 ) -> Reply:
     """Build the reply of one sample that has ended.
 
-    `rows` are the fields of `codec.row_fields`, and must be there exactly when the sample asked for rows. `is_leg`,
-    set by workers, adds what only the router reads: the rows' header and the timings, under the key `leg`.
+    `rows` are the fields of `codec.row_fields`, and must be there exactly when the sample asked for rows; only an abort
+    may have none. `logprobs` are the fields of `logprobs.logprob_fields`, by default those of `finished` without texts.
+    `is_leg`, set by workers, adds what only the router reads: the rows' header and the timings, under the key `leg`.
     """
-    assert (rows is not None) == options.return_routed_experts, (
-        "rows belong to a reply exactly when they were asked for"
-    )
-    meta = _meta(finished.rid, finished.prompt_tokens, finished.token_ids, finished.logprobs, options)
+    is_complete = finished.finish_reason.type != "abort"
+    assert rows is None or options.return_routed_experts, "rows belong to a reply only when they were asked for"
+    assert rows is not None or not (options.return_routed_experts and is_complete), "the rows are missing"
+    meta = _meta(finished.rid, finished.prompt_tokens, len(finished.token_ids))
     meta["finish_reason"] = finished.finish_reason
     meta |= {"cached_tokens": finished.cached_tokens, "weight_version": weight_version, "e2e_latency": e2e_latency_s}
     meta |= finished.timings
+    if options.return_logprob:
+        meta |= logprob_fields(finished, options) if logprobs is None else logprobs
     meta |= rows or {}
     reply: Reply = {"text": text, "output_ids": finished.token_ids, "meta_info": meta}
     if is_leg:
@@ -62,9 +68,13 @@ def progress_reply(
     logprobs: Sequence[float],
     prompt_tokens: int,
     options: RequestOptions,
+    top_logprobs: Sequence[TopLogprobs] = (),
+    text_of: TextOf | None = None,
 ) -> Reply:
     """Build a stream's event for a sample that goes on; text, ids and logprobs are cumulative."""
-    meta = _meta(rid, prompt_tokens, token_ids, logprobs, options)
+    meta = _meta(rid, prompt_tokens, len(token_ids))
+    if options.return_logprob:
+        meta |= output_logprob_fields(token_ids, logprobs, top_logprobs, options, text_of)
     return {"text": text, "output_ids": token_ids, "meta_info": meta}
 
 
@@ -102,20 +112,13 @@ def error_body(report: ErrorReport) -> bytes:
     return msgspec.json.encode(error_fields(report))
 
 
-def _meta(
-    rid: str, prompt_tokens: int, token_ids: Sequence[int], logprobs: Sequence[float], options: RequestOptions
-) -> Reply:
-    meta: Reply = {
+def _meta(rid: str, prompt_tokens: int, completion_tokens: int) -> Reply:
+    return {
         "id": rid,
         "finish_reason": None,
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": len(token_ids),
+        "completion_tokens": completion_tokens,
     }
-    if options.return_logprob:
-        meta["output_token_logprobs"] = [
-            (logprob, token_id, None) for logprob, token_id in zip(logprobs, token_ids, strict=True)
-        ]
-    return meta
 
 
 def _error_type(status: int) -> str:

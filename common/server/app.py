@@ -1,49 +1,46 @@
-"""A worker's HTTP routes, the same for both roles: it translates between HTTP bodies and the engine's messages.
+"""A worker's HTTP application and its POST /generate, the same for both roles: HTTP bodies to the engine's messages and back.
 
 It knows no model and no scheduler; limits come from the engine's `EngineReady`. The server must run with handler cancellation:
 a client that leaves cancels its handler, and leaving `EngineClient.generate` aborts the request. Neighbours:
-`common.protocol` (bodies), `engine_client` (the engine), `frontend` (the process around this).
+`common.protocol` (bodies), `output` (what a sample's answer is), `engine_client` (the engine), `control` (the other routes),
+`frontend` (the process around this).
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Final, TypeVar, assert_never
 
 from aiohttp import web
 
 from common.config import ModelOptions, ServerOptions
-from common.errors import DeadlineExceeded, RequestError, TandemError
-from common.ids import new_rid
-from common.messages import (
-    EngineReady,
-    ErrorReport,
-    Failed,
-    Generate,
-    Leg,
-    ReportedError,
-    RequestOptions,
-    SamplingParams,
-)
-from common.observability.metrics import render_stats
+from common.errors import DeadlineExceeded, MissingRows, RequestError, TandemError
+from common.messages import EngineReady, ErrorReport, Failed, Generate, Leg, ReportedError, Tokens
 from common.protocol.generate import GenerateCall, Sample, parse_generate
 from common.protocol.limits import check_limits
 from common.protocol.replies import (
-    MSGPACK,
     SSE_DONE,
     Reply,
     encode_json,
     encode_msgpack,
     error_fields,
-    progress_reply,
     sample_reply,
     sse_event,
     wants_msgpack,
 )
-from common.routed_experts.codec import row_fields
+from common.server.admission import Admission
+from common.server.bodies import BodyWriter, send_body
+from common.server.control import WorkerControl
 from common.server.engine_client import Ended, EngineClient
-from common.server.http import EventStream, answer_errors, together
+from common.server.http import EventStream, answer_errors, require_key, together
+from common.server.output import Answer, SampleOutput, logprobs_of
 from common.server.tokenizer import Tokenizer
+
+Result = TypeVar("Result")
+
+# What takes longer than about a millisecond is done in a thread: the tokenizer's work on this many characters or tokens.
+_LONG_TEXT_CHARS: Final = 4096
+_LONG_OUTPUT_TOKENS: Final = 1024
 
 
 class WorkerApp:
@@ -64,45 +61,119 @@ class WorkerApp:
         self._engine = engine
         self._ready = ready
         self._tokenizer = tokenizer
-        self._model = model
         self._server = server
-        self._bootstrap_port = bootstrap_port
+        self._admission = Admission(server.max_open_requests)
+        self._control = WorkerControl(
+            leg, engine, ready, model, self._admission, self._deadline, bootstrap_port=bootstrap_port
+        )
 
     def application(self) -> web.Application:
         """Make the aiohttp application."""
-        app = web.Application(client_max_size=self._server.max_body_bytes, middlewares=[answer_errors(self._leg)])
+        middlewares = [answer_errors(self._leg), require_key(self._server.api_key)]
+        app = web.Application(client_max_size=self._server.max_body_bytes, middlewares=middlewares)
         app.router.add_post("/generate", self._generate)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/health_generate", self._health_generate)
-        app.router.add_get("/server_info", self._server_info)
-        app.router.add_get("/get_server_info", self._server_info)
-        app.router.add_get("/metrics", self._metrics)
+        app.add_routes(self._control.routes())
         return app
 
-    # -------------------------------------------------------------------------------------------- POST /generate
-
     async def _generate(self, request: web.Request) -> web.StreamResponse:
+        started = asyncio.get_running_loop().time()
         call = parse_generate(await request.read())
         as_msgpack = wants_msgpack(request.headers.get("Accept"), stream=call.stream)
-        # All samples are checked before the first one starts, so that a refused request leaves nothing behind.
-        messages = [self._message_of(sample) for sample in call.samples]
-        if call.stream:
-            return await self._stream(request, call, messages)
-        pairs = zip(call.samples, messages, strict=True)
-        async with self._deadline():
-            replies = await together([self._answer(sample, message, as_msgpack) for sample, message in pairs])
-        body = replies if call.is_list else replies[0]
-        if as_msgpack:
-            return web.Response(body=encode_msgpack(body), content_type=MSGPACK)
-        return web.Response(body=encode_json(body), content_type="application/json")
+        with self._admission.admit(call.num_answers):
+            if call.stream:
+                return await self._stream(request, call, started)
+            return await self._send_whole(request, call, as_msgpack, started)
 
-    def _message_of(self, sample: Sample) -> Generate:
-        """Tokenise and check a sample. Raises RequestError."""
+    # -------------------------------------------------------------------------------------------- replies
+
+    async def _send_whole(
+        self, request: web.Request, call: GenerateCall, as_msgpack: bool, started: float
+    ) -> web.StreamResponse:
+        async with self._deadline(started):
+            messages = await self._messages_of(call)
+            pairs = zip(call.samples, messages, strict=True)
+            answers = await together([self._answers(sample, message) for sample, message in pairs])
+        writer = BodyWriter(binary=as_msgpack)
+        replies = [
+            self._last_reply(sample, answer, started, writer)
+            for sample, mine in zip(call.samples, answers, strict=True)
+            for answer in mine
+        ]
+        encode = encode_msgpack if as_msgpack else encode_json
+        body = writer.body(encode(replies if self._answers_list(call) else replies[0]))
+        return await send_body(request, body, binary=as_msgpack)
+
+    async def _stream(self, request: web.Request, call: GenerateCall, started: float) -> web.StreamResponse:
+        client = EventStream(request)
+        is_list = self._answers_list(call)
+
+        async def relay(sample: Sample, message: Generate, first_index: int) -> None:
+            async with aclosing(self._run(sample, message)) as events:
+                async for number, event in events:
+                    place: Reply = {"index": first_index + number} if is_list else {}
+                    if isinstance(event, Answer):
+                        writer = BodyWriter()
+                        reply = self._last_reply(sample, event, started, writer)
+                        await client.send_body(writer.body(sse_event({**reply, **place})))
+                    else:
+                        await client.send(sse_event({**event, **place}))
+
+        try:
+            async with self._deadline(started):
+                messages = await self._messages_of(call)
+                triples = zip(call.samples, messages, self._first_indices(call), strict=True)
+                await together([relay(*triple) for triple in triples])
+        except TandemError as error:
+            if not client.response.prepared:
+                raise
+            await client.end(sse_event(error_fields(ErrorReport.of(error, leg=self._leg))))
+        else:
+            await client.end(SSE_DONE)
+        return client.response
+
+    def _last_reply(self, sample: Sample, answer: Answer, started: float, writer: BodyWriter) -> Reply:
+        finished, rows = answer.ended
+        options = sample.options
+        if rows is None and options.return_routed_experts and finished.finish_reason.type != "abort":
+            raise MissingRows(f"the engine has ended {sample.rid!r} without its routed-expert rows", leg=self._leg)
+        return sample_reply(
+            finished,
+            text=answer.text,
+            options=options,
+            weight_version=self._ready.weight_version,
+            e2e_latency_s=asyncio.get_running_loop().time() - started,
+            rows=None if rows is None else writer.rows(rows, options.routed_experts_dtype),
+            logprobs=answer.logprobs,
+            is_leg=True,
+        )
+
+    def _answers_list(self, call: GenerateCall) -> bool:
+        """Say whether the reply is a list. A prefill leg has one answer for all samples of a prompt."""
+        return call.has_prompt_list if self._leg == "prefill" else call.is_list
+
+    def _first_indices(self, call: GenerateCall) -> list[int]:
+        """Number all answers through; gives the number of each prompt's first one."""
+        indices = [0]
+        for sample in call.samples:
+            indices.append(indices[-1] + self._num_ends(sample))
+        return indices[:-1]
+
+    def _num_ends(self, sample: Sample) -> int:
+        return 1 if self._leg == "prefill" else sample.options.sampling.n
+
+    # -------------------------------------------------------------------------------------------- one prompt
+
+    async def _messages_of(self, call: GenerateCall) -> list[Generate]:
+        """Check all prompts before the first one starts, so that a refused request leaves nothing behind."""
+        return [await self._message_of(sample) for sample in call.samples]
+
+    async def _message_of(self, sample: Sample) -> Generate:
+        """Tokenise and check a prompt. Raises RequestError."""
         if sample.bootstrap is None and (self._leg == "decode" or sample.options.sampling.max_new_tokens > 0):
             raise RequestError(
                 "bootstrap_room", f"a {self._leg} worker needs the room that ties its leg to the other one"
             )
-        input_ids = self._tokenizer.encode(sample.text) if sample.text is not None else list(sample.input_ids or ())
+        input_ids = await self._input_ids_of(sample)
         check_limits(
             sample,
             len(input_ids),
@@ -112,114 +183,77 @@ class WorkerApp:
         )
         return Generate(rid=sample.rid, input_ids=input_ids, options=sample.options, bootstrap=sample.bootstrap)
 
-    async def _answer(self, sample: Sample, message: Generate, as_msgpack: bool) -> Reply:
-        """Run one sample to its end."""
-        async for reply in self._replies(sample, message, as_msgpack):
-            last = reply
-        return last
+    async def _input_ids_of(self, sample: Sample) -> list[int]:
+        tokenizer, text, messages = self._tokenizer, sample.text, sample.messages
+        if text is not None:
+            return await _run_where_it_fits(lambda: tokenizer.encode(text), is_long=len(text) > _LONG_TEXT_CHARS)
+        if messages is not None:
+            num_chars = sum(len(str(message["content"])) for message in messages)
+            return await _run_where_it_fits(
+                lambda: tokenizer.encode_chat(messages, sample.chat_template_kwargs),
+                is_long=num_chars > _LONG_TEXT_CHARS,
+            )
+        return list(sample.input_ids or ())
 
-    async def _replies(self, sample: Sample, message: Generate, as_msgpack: bool) -> AsyncIterator[Reply]:
-        """Run one sample: a reply for each update if it streams, then the last one. Raises ReportedError."""
-        started = time.perf_counter()
-        options = sample.options
-        token_ids: list[int] = []
-        logprobs: list[float] = []
-        async with self._engine.generate(message) as updates:
+    async def _answers(self, sample: Sample, message: Generate) -> list[Answer]:
+        """Run one prompt to its end; its answers in the order of their samples."""
+        answers: dict[int, Answer] = {}
+        async with aclosing(self._run(sample, message)) as events:
+            async for index, event in events:
+                if isinstance(event, Answer):
+                    answers[index] = event
+        return [answers[index] for index in range(self._num_ends(sample))]
+
+    async def _run(self, sample: Sample, message: Generate) -> AsyncGenerator[tuple[int, Reply | Answer], None]:
+        """Run one prompt: if it streams, an event for each update of a sample, and in any case an answer for each sample.
+
+        Raises ReportedError.
+        """
+        options, num_ends = sample.options, self._num_ends(sample)
+        outputs = [SampleOutput(sample.rid, len(message.input_ids), options, self._tokenizer) for _ in range(num_ends)]
+        async with self._engine.generate(message, num_ends=num_ends) as updates:
             async for update in updates:
-                if isinstance(update, Ended):
-                    yield self._last_reply(sample, update, started, as_msgpack)
-                elif isinstance(update, Failed):
-                    raise ReportedError(update.error)
-                else:
-                    token_ids += update.token_ids
-                    logprobs += update.logprobs
-                    yield progress_reply(
-                        sample.rid,
-                        text=self._tokenizer.decode(token_ids, options.sampling),
-                        token_ids=token_ids,
-                        logprobs=logprobs,
-                        prompt_tokens=len(message.input_ids),
-                        options=options,
-                    )
+                match update:
+                    case Ended():
+                        yield update.finished.index, await self._end(outputs[update.finished.index], update, sample)
+                    case Tokens():
+                        output = outputs[update.index]
+                        if output.has_stopped:
+                            continue
+                        if (stop := output.take(update)) is not None:
+                            self._engine.stop_at(
+                                sample.rid, update.index, num_tokens=stop.num_tokens, matched=stop.matched
+                            )
+                        if options.stream:
+                            yield update.index, output.progress()
+                    case Failed():
+                        raise ReportedError(update.error)
+                    case _:
+                        assert_never(update)
 
-    def _last_reply(self, sample: Sample, ended: Ended, started: float, as_msgpack: bool) -> Reply:
-        finished, rows = ended
-        options = sample.options
-        return sample_reply(
-            finished,
-            text=self._tokenizer.decode(finished.token_ids, options.sampling, finished.finish_reason),
-            options=options,
-            weight_version=self._ready.weight_version,
-            e2e_latency_s=time.perf_counter() - started,
-            rows=None if rows is None else row_fields(rows, options.routed_experts_dtype, binary=as_msgpack),
-            is_leg=True,
-        )
+    async def _end(self, output: SampleOutput, ended: Ended, sample: Sample) -> Answer:
+        finished, tokenizer = ended.finished, self._tokenizer
+        num_prompt_logprobs = 0 if finished.prompt_logprobs is None else len(finished.prompt_logprobs.token_ids)
+        is_long = len(finished.token_ids) + num_prompt_logprobs > _LONG_OUTPUT_TOKENS
+        if self._leg == "prefill":
+            # The first tokens of several samples are no text, and of one sample the decode leg tells.
+            return await _run_where_it_fits(
+                lambda: Answer(ended, "", logprobs_of(ended, sample.options, tokenizer)), is_long=is_long
+            )
+        return await _run_where_it_fits(lambda: output.end(ended), is_long=is_long)
 
     @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        """Bound a request's time. Raises DeadlineExceeded."""
+    async def _deadline(self, started: float | None = None) -> AsyncIterator[None]:
+        """Bound a request's time, by default from now on. Raises DeadlineExceeded."""
+        limit_s = self._server.request_deadline_s
+        begin = asyncio.get_running_loop().time() if started is None else started
         try:
-            async with asyncio.timeout(self._server.request_deadline_s):
+            async with asyncio.timeout_at(begin + limit_s):
                 yield
         except TimeoutError as error:
-            waited = f"not done within {self._server.request_deadline_s:g} s"
-            raise DeadlineExceeded(waited, leg=self._leg, stage=self._leg) from error
+            raise DeadlineExceeded(f"not done within {limit_s:g} s", leg=self._leg, stage=self._leg) from error
 
-    async def _stream(self, request: web.Request, call: GenerateCall, messages: list[Generate]) -> web.StreamResponse:
-        client = EventStream(request)
 
-        async def relay(index: int) -> None:
-            async for reply in self._replies(call.samples[index], messages[index], as_msgpack=False):
-                await client.send(sse_event({**reply, "index": index} if call.is_list else reply))
-
-        try:
-            async with self._deadline():
-                await together([relay(index) for index in range(len(messages))])
-        except TandemError as error:
-            if not client.response.prepared:
-                raise
-            await client.end(sse_event(error_fields(ErrorReport.of(error, leg=self._leg))))
-        else:
-            await client.end(SSE_DONE)
-        return client.response
-
-    # -------------------------------------------------------------------------------------------- control
-
-    async def _health(self, _request: web.Request) -> web.Response:
-        return web.Response()
-
-    async def _health_generate(self, _request: web.Request) -> web.Response:
-        """One token through this worker's own engine, without the other role."""
-        options = RequestOptions(sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
-        message = Generate(rid=f"health-{new_rid()}", input_ids=[0], options=options)
-        async with self._deadline(), self._engine.generate(message) as updates:
-            async for update in updates:
-                if isinstance(update, Failed):
-                    raise ReportedError(update.error)
-        return web.Response()
-
-    async def _server_info(self, _request: web.Request) -> web.Response:
-        ready, stats = self._ready, await self._engine.stats()
-        info: Reply = {
-            "disaggregation_mode": self._leg,
-            "disaggregation_bootstrap_port": self._bootstrap_port,
-            "model_path": self._model.model,
-            "model_type": ready.model_type,
-            "dtype": ready.dtype,
-            "device": ready.device,
-            "weight_version": ready.weight_version,
-            "enable_return_routed_experts": True,
-            "context_tokens": ready.context_tokens,
-            "max_total_num_tokens": ready.kv_pool_tokens,
-            "max_running_requests": ready.max_running_requests,
-            "page_size": ready.page_size,
-            "num_hidden_layers": ready.num_hidden_layers,
-            "moe_layer_ids": ready.moe_layer_ids,
-            "num_experts": ready.num_experts,
-            "num_experts_per_tok": ready.top_k,
-            "stats": stats,
-        }
-        return web.Response(body=encode_json(info), content_type="application/json")
-
-    async def _metrics(self, _request: web.Request) -> web.Response:
-        return web.Response(body=render_stats(await self._engine.stats(), self._leg), content_type="text/plain")
+async def _run_where_it_fits(function: Callable[[], Result], *, is_long: bool) -> Result:
+    """Call a function, in a thread if it would keep the event loop from its other requests."""
+    return await asyncio.to_thread(function) if is_long else function()

@@ -15,16 +15,20 @@ from msgspec.structs import replace
 from common.errors import RequestError, RequestFailed
 from common.messages import (
     Abort,
+    CacheFlushed,
     EngineReady,
     EngineToFrontend,
     ErrorReport,
     Failed,
     Finished,
+    FinishNow,
+    FlushCache,
     Generate,
     GetStats,
     RowBlock,
     Shutdown,
     Stats,
+    StopAt,
     Tokens,
 )
 from common.wire import FrontendChannel
@@ -45,9 +49,10 @@ class EngineClient:
 
     def __init__(self, channel: FrontendChannel) -> None:
         self._channel = channel
-        self._open: set[str] = set()
+        self._runs: dict[str, str] = {}
+        """What the engine knows each open rid by."""
         self._updates: dict[str, asyncio.Queue[Update]] = {}
-        self._stats: dict[int, asyncio.Future[Stats]] = {}
+        self._answers: dict[int, asyncio.Future[Stats | CacheFlushed]] = {}
         self._serials = itertools.count()
         self._failure: str | None = None
         self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
@@ -63,66 +68,94 @@ class EngineClient:
         self._failure = message
         for rid, queue in self._updates.items():
             queue.put_nowait(Failed(rid, ErrorReport.of(RequestFailed(message, stage="engine"), rid=rid)))
-        for waiting in self._stats.values():
+        for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(RequestFailed(message, stage="engine"))
 
     @asynccontextmanager
-    async def generate(self, message: Generate) -> AsyncIterator[AsyncIterator[Update]]:
-        """Run one sample: the updates end with `Ended` or `Failed`. Leaving the context early aborts it.
+    async def generate(self, message: Generate, *, num_ends: int = 1) -> AsyncIterator[AsyncIterator[Update]]:
+        """Run one prompt: the updates end with the last of `num_ends` times `Ended`, or with `Failed`.
+
+        A decode engine ends each of n samples, a prefill engine all of them at once. Leaving the context early aborts all.
 
         Raises RequestError if the rid is in use, RequestFailed if the engine is gone.
         """
-        if message.rid in self._open:
+        if message.rid in self._runs:
             raise RequestError("rid", f"{message.rid!r} is in use by another request")
         if self._failure is not None:
             raise RequestFailed(self._failure, stage="engine")
         # The engine knows each run by a name of its own: when a client leaves and comes back with the same rid, what the
         # engine has said of the first run may still be on its way, and is not the second one's.
         run = f"{message.rid}~{next(self._serials)}"
+        self._runs[message.rid] = run
         queue = self._updates[run] = asyncio.Queue()
-        self._open.add(message.rid)
-        ended = False
+        num_left = num_ends
 
         async def updates() -> AsyncIterator[Update]:
-            nonlocal ended
-            while not ended:
+            nonlocal num_left
+            while num_left:
                 update = await queue.get()
-                ended = isinstance(update, Ended | Failed)
+                match update:
+                    case Ended():
+                        num_left -= 1
+                    case Failed():
+                        num_left = 0
                 yield _renamed(update, message.rid)
 
         self._channel.send(replace(message, rid=run))
         try:
             yield updates()
         finally:
-            del self._updates[run]
-            self._open.remove(message.rid)
-            if not ended:
+            del self._runs[message.rid], self._updates[run]
+            if num_left:
                 self._channel.send(Abort(run))
+
+    def stop_at(self, rid: str, index: int, *, num_tokens: int, matched: str) -> None:
+        """End sample `index` of an open request after its first `num_tokens` tokens, where a stop string was found."""
+        self._channel.send(StopAt(rid=self._runs[rid], index=index, num_tokens=num_tokens, matched=matched))
+
+    def finish_now(self, prefix: str) -> list[str]:
+        """End the open requests whose rids begin with `prefix`: each answers with what it has. Returns their rids."""
+        rids = [rid for rid in self._runs if rid.startswith(prefix)]
+        for rid in rids:
+            self._channel.send(FinishNow(self._runs[rid]))
+        return rids
 
     async def stats(self) -> Stats:
         """Ask the engine for its statistics; raises RequestFailed if it is gone."""
-        if self._failure is not None:
-            raise RequestFailed(self._failure, stage="engine")
         serial = next(self._serials)
-        waiting = self._stats[serial] = asyncio.get_running_loop().create_future()
-        try:
-            self._channel.send(GetStats(serial))
-            stats: Stats = await waiting
-            return stats
-        finally:
-            del self._stats[serial]
+        stats = await self._ask(serial, GetStats(serial))
+        assert isinstance(stats, Stats)
+        return stats
+
+    async def flush_cache(self) -> str | None:
+        """Have the engine forget its cached prefixes; returns why it did not. Raises RequestFailed if it is gone."""
+        serial = next(self._serials)
+        flushed = await self._ask(serial, FlushCache(serial))
+        assert isinstance(flushed, CacheFlushed)
+        return flushed.refusal
 
     def shut_down(self) -> None:
         """Ask the engine process to exit."""
         self._channel.send(Shutdown())
 
+    async def _ask(self, serial: int, question: GetStats | FlushCache) -> Stats | CacheFlushed:
+        if self._failure is not None:
+            raise RequestFailed(self._failure, stage="engine")
+        waiting = self._answers[serial] = asyncio.get_running_loop().create_future()
+        try:
+            self._channel.send(question)
+            answer: Stats | CacheFlushed = await waiting
+            return answer
+        finally:
+            del self._answers[serial]
+
     def _dispatch(self, message: EngineToFrontend, frames: list[memoryview]) -> None:
         match message:
             case EngineReady():
                 self.ready.set_result(message)
-            case Stats():
-                waiting = self._stats.get(message.serial)
+            case Stats() | CacheFlushed():
+                waiting = self._answers.get(message.serial)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
             case Tokens() | Failed():

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import uvloop
 from msgspec import Struct
+from msgspec.structs import replace
 
 from common.config import ModelOptions, ServerOptions, to_flags
 from common.messages import Leg
@@ -46,7 +47,7 @@ def run_frontend(leg: Leg, config: WorkerConfig, *, engine_module: str, bootstra
     """
     configure_logging(leg, config.server.log_level)
     ensure_port_free(config.server.host, config.server.port)
-    tokenizer = Tokenizer(resolve_checkpoint(config.model.model, weights=False))
+    tokenizer = Tokenizer.load(resolve_checkpoint(config.model.model, weights=False))
     return uvloop.run(_serve(leg, config, tokenizer, engine_module, bootstrap_port))
 
 
@@ -59,7 +60,9 @@ async def _serve(
         channel = FrontendChannel(endpoint)
         engine = EngineClient(channel)
         assert isinstance(config, Struct)
-        process = await spawn_async(engine_module, [endpoint, *to_flags(config)])
+        # Anybody on this host can read a process's flags, and the engine has no use for the key.
+        flags = to_flags(replace(config, server=replace(config.server, api_key="")))
+        process = await spawn_async(engine_module, [endpoint, *flags])
         receiving = asyncio.create_task(engine.run())
         exited = asyncio.create_task(process.wait())
         stopping = asyncio.create_task(stop.wait())

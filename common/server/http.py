@@ -1,14 +1,15 @@
-"""What every HTTP process does alike: errors as the contract's bodies, several samples at once, and serving until a signal.
+"""What every HTTP process does alike: errors as the contract's bodies, the API key, several samples at once, serving.
 
-Neighbours: `common.server.app` and `router.app`, which differ in everything else. It reaches no torch and no tokenizer, so
-that the router may use it.
+Neighbours: `common.server.app` and `router.app`, which differ in everything else; `bodies` (large replies). It reaches no
+torch and no tokenizer, so that the router may use it.
 """
 
 import asyncio
+import hmac
 import logging
 import signal
 from collections.abc import Coroutine, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import aiohttp
 from aiohttp import web
@@ -18,10 +19,14 @@ from common.config import ServerOptions
 from common.errors import TandemError
 from common.messages import ErrorReport, Leg
 from common.protocol.replies import error_body
+from common.server.bodies import Body
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_OPEN_PATHS: Final = frozenset(("/health", "/metrics"))
+_RETRY_AFTER_S: Final = 1
 
 
 def answer_errors(leg: Leg | None = None) -> Middleware:
@@ -49,9 +54,33 @@ def answer_errors(leg: Leg | None = None) -> Middleware:
     return middleware
 
 
+def require_key(api_key: str) -> Middleware:
+    """Make the middleware that asks for `Authorization: Bearer KEY` on every route but /health and /metrics; "" asks not.
+
+    It belongs inside of `answer_errors`.
+    """
+    expected = api_key.encode()
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if expected and request.path not in _OPEN_PATHS:
+            scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            # How long the comparison takes must not tell how much of a guess was right.
+            is_right = hmac.compare_digest(given.strip().encode(errors="surrogateescape"), expected)
+            if scheme.lower() != "bearer" or not is_right:
+                message = "Authorization: the API key is missing or wrong"
+                return error_response(ErrorReport(status=401, message=message, code="invalid_api_key"))
+        return await handler(request)
+
+    return middleware
+
+
 def error_response(report: ErrorReport) -> web.Response:
-    """Write an error reply."""
-    return web.Response(status=report.status, body=error_body(report), content_type="application/json")
+    """Write an error reply; one that says that there is too much to do says when to come back."""
+    headers = {"Retry-After": str(_RETRY_AFTER_S)} if report.status == 429 else {}
+    if report.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return web.Response(status=report.status, body=error_body(report), headers=headers, content_type="application/json")
 
 
 async def together(coroutines: Sequence[Coroutine[None, None, Result]]) -> list[Result]:
@@ -70,20 +99,33 @@ class EventStream:
     def __init__(self, request: web.Request) -> None:
         self._request = request
         self._lock = asyncio.Lock()
+        self._is_cut = False
         self.response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
         self.response.content_type = "text/event-stream"
 
     async def send(self, event: bytes) -> None:
         """Write one event."""
         async with self._lock:
-            if not self.response.prepared:
-                await self.response.prepare(self._request)
-            await self.response.write(event)
+            await self._write(event)
+
+    async def send_body(self, event: Body) -> None:
+        """Write one event that has rows, part by part."""
+        async with self._lock:
+            self._is_cut = True
+            async for part in event.written():
+                await self._write(part)
+            self._is_cut = False
 
     async def end(self, event: bytes) -> None:
         """Write the last event and end the stream."""
-        await self.send(event)
+        # Whoever wrote a large event may have been cancelled in the middle of it.
+        await self.send(b"\n\n" + event if self._is_cut else event)
         await self.response.write_eof()
+
+    async def _write(self, part: bytes | memoryview) -> None:
+        if not self.response.prepared:
+            await self.response.prepare(self._request)
+        await self.response.write(part)
 
 
 def stop_on_signals() -> asyncio.Event:

@@ -10,7 +10,9 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from common.errors import UsageError
-from deploy.bench import BenchError, BenchOptions, as_table, measure
+from deploy.bench.figures import as_table
+from deploy.bench.options import BenchError, BenchOptions
+from deploy.bench.rows_on_off import measure
 from deploy.demo_model import write_demo_model
 from deploy.replay.command import main
 from deploy.replay.workload import Sample
@@ -177,10 +179,12 @@ async def test_without_rows_none_are_missed(replayer: Replayer) -> None:
 
 async def test_the_benchmark_compares_rounds_with_and_without_rows(replayer: Replayer, tmp_path: Path) -> None:
     samples = [Sample(line=line, input_ids=[line, 2, 3], max_new_tokens=4) for line in (1, 2)]
-    result = await asyncio.to_thread(measure, replayer.url, samples, BenchOptions(rounds=2, concurrency=2))
-    assert len(result.rows_on_tokens_per_s) == len(result.rows_off_tokens_per_s) == 2
-    assert result.rows_on_over_off == result.median_on_tokens_per_s / result.median_off_tokens_per_s > 0
-    assert as_table(result).row_count == 3
+    figures = await asyncio.to_thread(measure, replayer.url, samples, BenchOptions(rounds=2, concurrency=2))
+    assert [figure.a.name for figure in figures] == ["rows as int32 JSON", "rows as msgpack"]
+    for figure in figures:
+        assert len(figure.a.values) == len(figure.b.values) == 2
+        assert figure.ratio == figure.a.value / figure.b.value > 0
+    assert as_table(figures).row_count == 2
     replayer.server.refuse_with = 500
     with pytest.raises(BenchError, match="2 of 2 requests failed, the first with: 500: no such luck"):
         await asyncio.to_thread(measure, replayer.url, samples, BenchOptions(rounds=1))

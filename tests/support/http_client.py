@@ -28,9 +28,14 @@ class Reply:
     @property
     def rows(self) -> np.ndarray:
         """`[rows, layers, K]`."""
-        data = self.meta["routed_experts"]
-        raw = base64.b64decode(data, validate=True) if isinstance(data, str) else data
-        return np.frombuffer(raw, self.meta["routed_experts_dtype"]).reshape(self.meta["routed_experts_shape"])
+        return rows_in(self.meta)
+
+
+def rows_in(fields: dict[str, Any]) -> np.ndarray:
+    """The rows `[rows, layers, K]` of whatever holds the `routed_experts` fields: meta_info or sglext."""
+    data = fields["routed_experts"]
+    raw = base64.b64decode(data, validate=True) if isinstance(data, str) else data
+    return np.frombuffer(raw, fields["routed_experts_dtype"]).reshape(fields["routed_experts_shape"])
 
 
 class Client:
@@ -46,11 +51,11 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self.session.close()
 
-    async def post(self, body: object, *, msgpack: bool = False) -> tuple[int, Any]:
-        """POST /generate: status and decoded body."""
+    async def post(self, body: object, *, path: str = "/generate", msgpack: bool = False) -> tuple[int, Any]:
+        """POST: status and decoded body."""
         headers = {"Accept": "application/msgpack"} if msgpack else {}
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        async with self.session.post(f"{self.url}/generate", data=data, headers=headers) as response:
+        async with self.session.post(self.url + path, data=data, headers=headers) as response:
             raw = await response.read()
             if response.content_type == "application/msgpack":
                 return response.status, msgspec.msgpack.decode(raw)
@@ -68,10 +73,10 @@ class Client:
         assert status != 200, reply
         return {**reply["error"], "status": status}
 
-    async def stream(self, **body: Any) -> list[Any]:
+    async def stream(self, *, path: str = "/generate", **body: Any) -> list[Any]:
         """All events of a stream; the last one must be [DONE] or an error."""
         events: list[Any] = []
-        async with self.session.post(f"{self.url}/generate", json={**body, "stream": True}) as response:
+        async with self.session.post(self.url + path, json={**body, "stream": True}) as response:
             assert response.status == 200, await response.text()
             assert response.content_type == "text/event-stream"
             text = await response.text()

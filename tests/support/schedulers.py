@@ -15,13 +15,14 @@ from common.messages import Generate, RequestOptions, SamplingParams
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepPlan
 from decode_worker.scheduler import DecodeScheduler
+from decode_worker.swap import SwapSpace
 from prefill_worker.scheduler import PrefillScheduler
 
 
-def make_request(prompt: list[int], max_new_tokens: int = 1, rid: str = "r") -> Request:
+def make_request(prompt: list[int], max_new_tokens: int = 1, rid: str = "r", *, n: int = 1, index: int = 0) -> Request:
     """A queued request."""
-    options = RequestOptions(sampling=SamplingParams(max_new_tokens=max_new_tokens))
-    return Request.of(Generate(rid=rid, input_ids=prompt, options=options))
+    options = RequestOptions(sampling=SamplingParams(max_new_tokens=max_new_tokens, n=n))
+    return Request.of(Generate(rid=rid, input_ids=prompt, options=options), index)
 
 
 class _Run:
@@ -77,9 +78,9 @@ class PrefillRun(_Run):
             self.allocator, self.seats, self.cache, page_size=page_size, chunk_tokens=chunk_tokens
         )
 
-    def add(self, prompt: list[int], max_new_tokens: int = 1, rid: str = "r") -> Request:
-        """Queue a prompt."""
-        request = make_request(prompt, max_new_tokens, rid)
+    def add(self, prompt: list[int], max_new_tokens: int = 1, rid: str = "r", *, n: int = 1) -> Request:
+        """Queue a prompt, once for all of its n samples."""
+        request = make_request(prompt, max_new_tokens, rid, n=n)
         self.scheduler.add(request)
         return request
 
@@ -110,25 +111,51 @@ class PrefillRun(_Run):
         return self.allocator.num_unaccounted([cached, *(request.pages for request in self.seats.holders)])
 
 
+class NoMemory(SwapSpace):
+    """Swaps rows of the table and pages; there is no KV and there are no routed-expert rows to copy."""
+
+    def __init__(self, seats: Seats) -> None:
+        self.seats = seats
+        self.swapped_out: list[Request] = []
+
+    def out(self, request: Request) -> None:
+        """Give row and pages back."""
+        assert request.steps_in_flight == 0
+        request.advance(RequestState.SWAPPED)
+        request.planned_tokens = request.computed_tokens
+        self.seats.give_back_row(request)
+        self.seats.give_back_pages(request)
+        self.swapped_out.append(request)
+
+    def back(self, request: Request, pages: list[int]) -> None:
+        """Take the new ones."""
+        self.seats.take(request, pages)
+        request.advance(RequestState.RUNNING)
+
+    def drop(self, request: Request) -> None:
+        """Nothing is kept."""
+
+
 class DecodeRun(_Run):
-    """A decode scheduler; a request starts when the test says that its KV is here."""
+    """A decode scheduler; a sample starts when the test says that its KV is here."""
 
     def __init__(
         self, *, num_pages: int = 64, page_size: int = 4, max_running: int = 8, pages_per_row: int = 64
     ) -> None:
         super().__init__(num_pages, max_running, pages_per_row)
-        self.scheduler = DecodeScheduler(self.allocator, self.seats, page_size=page_size)
+        self.swap_space = NoMemory(self.seats)
+        self.scheduler = DecodeScheduler(self.allocator, self.seats, self.swap_space, page_size=page_size)
         self.receiving: list[Request] = []
 
-    def add(self, prompt: list[int], max_new_tokens: int, rid: str = "r") -> Request:
-        """Queue a request."""
-        request = make_request(prompt, max_new_tokens, rid)
-        self.scheduler.add(request)
-        return request
+    def add(self, prompt: list[int], max_new_tokens: int, rid: str = "r", *, n: int = 1) -> tuple[Request, ...]:
+        """Queue the n samples of a prompt."""
+        siblings = tuple(make_request(prompt, max_new_tokens, rid, n=n, index=index) for index in range(n))
+        self.scheduler.add(siblings)
+        return siblings
 
     def admit(self) -> list[Request]:
         """Seat whom there is room for."""
-        admitted = self.scheduler.admit()
+        admitted = [request for siblings in self.scheduler.admit() for request in siblings]
         self.receiving += admitted
         return admitted
 
@@ -146,12 +173,12 @@ class DecodeRun(_Run):
         return plan
 
     def settle(self) -> None:
-        """Settle the eldest step: each request of it that is still wanted has one more token."""
+        """Settle the eldest step: each sample of it that is still wanted has one more token."""
         for request in self.land():
             self._take_token(request)
 
     def abort(self, request: Request) -> None:
-        """Give a request up, wherever it is; its peer is quiet at once."""
+        """Give a sample up, wherever it is; its peer is quiet at once."""
         self.scheduler.remove(request)
         if request in self.receiving:
             self.receiving.remove(request)

@@ -10,7 +10,7 @@ import numpy as np
 
 from common.config import EngineOptions, ModelOptions
 from common.engine.engine import build_engine
-from common.engine.step import Outcome
+from common.engine.step import Sampled
 from common.messages import Generate, RequestOptions
 from common.routed_experts.spec import rows_of
 from common.scheduling.request import Request
@@ -56,15 +56,15 @@ class SingleEngine:
         rows = rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)
         return SingleAnswer(request.output_ids, request.logprobs, rows)
 
-    def _step(self, request: Request, start: int, stop: int) -> Outcome:
-        plan = StepPlan((StepEntry(request, start, stop, samples=True),))
+    def _step(self, request: Request, start: int, stop: int) -> Sampled:
+        plan = StepPlan((StepEntry(request, start, stop, samples=1),))
         [outcome] = self.engine.launch(plan).settle().outcomes
-        return outcome
+        [sampled] = outcome.sampled
+        return sampled
 
-    def _take(self, request: Request, outcome: Outcome) -> None:
-        assert outcome.token_id is not None
-        request.output_ids.append(outcome.token_id)
-        request.logprobs.append(outcome.logprob)
+    def _take(self, request: Request, sampled: Sampled) -> None:
+        request.output_ids.append(sampled.token_id)
+        request.logprobs.append(sampled.logprob)
 
     def _has_ended(self, request: Request) -> bool:
         sampling = request.message.options.sampling

@@ -8,14 +8,16 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 
 from common.config import ServerOptions
 from common.errors import RequestError
-from common.messages import ErrorReport, Finished, FinishReason, Leg, RowBlock
+from common.messages import ErrorReport, Finished, FinishReason, Leg, PromptLogprobs, RowBlock
 from common.protocol.generate import Sample, parse_generate
+from common.protocol.logprobs import logprob_fields
 from common.protocol.replies import (
     MSGPACK,
     SSE_DONE,
@@ -39,13 +41,31 @@ Behaviour = Callable[["StubWorker", web.Request, Sample], Awaitable[web.StreamRe
 
 
 def prompt_tokens(sample: Sample) -> int:
-    """Count P; the stubs' tokenizer makes each character a token."""
+    """Count P; the stubs' tokenizer makes each character a token, and each message of a chat."""
+    if sample.messages is not None:
+        return len(sample.messages)
     return len(sample.text if sample.input_ids is None else sample.input_ids)  # type: ignore[arg-type]
 
 
-def output_ids(sample: Sample) -> list[int]:
-    """Draw the G tokens that a pair answers this sample with."""
-    return [(sample.options.sampling.seed + i) % 1000 for i in range(sample.options.sampling.max_new_tokens)]
+def output_ids(sample: Sample, index: int = 0) -> list[int]:
+    """Draw the G tokens that a pair answers sample `index` of a prompt with."""
+    sampling = sample.options.sampling
+    return [(sampling.seed + index + i) % 1000 for i in range(sampling.max_new_tokens)]
+
+
+def text_of(token_id: int) -> str:
+    """Give a token's text."""
+    return f"<{token_id}>"
+
+
+def logprob_of(token_id: int) -> float:
+    """Give the logprob that a stub says a token has."""
+    return -float(token_id)
+
+
+def top_logprobs_of(token_id: int, num: int) -> list[tuple[float, int]]:
+    """Give the likeliest tokens in the place of this one: itself and those after it."""
+    return [(logprob_of(token_id + i), token_id + i) for i in range(num)]
 
 
 @dataclass
@@ -64,8 +84,13 @@ class StubWorker:
     prompt_offset: int = 0
     first_token_offset: int = 0
     drop_rows: bool = False
+    drop_logprobs: bool = False
     shift_rows: int = 0
     weight_version: str = "w1"
+    aborts: list[object] = field(default_factory=list)
+    abort_arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    authorizations: list[str | None] = field(default_factory=list)
+    flush_status: int = 200
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Serve POST /generate."""
@@ -73,6 +98,7 @@ class StubWorker:
         (sample,) = call.samples
         self.samples.append(sample)
         self.accepts.append(request.headers["Accept"])
+        self.authorizations.append(request.headers.get("Authorization"))
         self.arrived.set()
         try:
             return await (self.behaviour or good)(self, request, sample)
@@ -81,54 +107,112 @@ class StubWorker:
             self.cancelled.set()
             raise
 
-    def finished(self, sample: Sample) -> tuple[Finished, RowBlock | None]:
-        """Make this leg's end of a sample."""
-        tokens = output_ids(sample)
+    async def abort_request(self, request: web.Request) -> web.Response:
+        """Serve POST /abort_request."""
+        self.aborts.append(await request.json())
+        self.abort_arrived.set()
+        return web.Response()
+
+    def finished(
+        self, sample: Sample, index: int = 0, *, num_tokens: int | None = None
+    ) -> tuple[Finished, RowBlock | None]:
+        """Make this leg's end of a sample; with `num_tokens`, its end by an abort after so many."""
+        options = sample.options
+        tokens = output_ids(sample, index)[:num_tokens]
         prompt = prompt_tokens(sample) + self.prompt_offset
+        prompt_logprobs = None
+        reason = FinishReason(type="length", length=len(tokens))
+        if num_tokens is not None:
+            reason = FinishReason(type="abort", message="somebody asked for it", cause="requested")
         if self.role == "prefill":
-            start = sample.options.routed_experts_start_len
+            start = options.routed_experts_start_len
             stop = max(start, prompt if tokens else prompt - 1)
-            tokens = [token + self.first_token_offset for token in tokens[:1]]
+            if tokens:
+                tokens = [output_ids(sample, i)[0] + self.first_token_offset for i in range(options.sampling.n)]
+            if options.logprob_start_len >= 0 and not self.drop_logprobs:
+                prompt_logprobs = self.prompt_logprobs(sample)
         else:
             start, stop = prompt, prompt + len(tokens) - 1
         start += self.shift_rows
         block = cut(SPEC, ROWS, start, max(start, stop), self.weight_version)
-        wants_rows = sample.options.return_routed_experts
+        wants_rows = options.return_routed_experts and num_tokens != 0
         finished = Finished(
             rid=sample.rid,
+            index=index,
             prompt_tokens=prompt,
             cached_tokens=CACHED_TOKENS if self.role == "prefill" else 0,
             token_ids=tokens,
-            logprobs=[-float(token) for token in tokens],
-            finish_reason=FinishReason(type="length", length=len(tokens)),
+            logprobs=[logprob_of(token) for token in tokens],
+            top_logprobs=[top_logprobs_of(token, options.top_logprobs_num) for token in tokens],
+            prompt_logprobs=prompt_logprobs,
+            finish_reason=reason,
             rows=block.header if wants_rows and not self.drop_rows else None,
             timings={TIMING[self.role]: 0.5},
         )
         return finished, block if wants_rows else None
 
-    def reply(self, sample: Sample, *, binary: bool) -> dict[str, object]:
+    def prompt_logprobs(self, sample: Sample) -> PromptLogprobs:
+        """Make the prompt's logprobs from `logprob_start_len` on."""
+        options = sample.options
+        ids = list(sample.input_ids or range(prompt_tokens(sample)))
+        positions = range(options.logprob_start_len, len(ids))
+        return PromptLogprobs(
+            [logprob_of(ids[i]) if i else None for i in positions],
+            [ids[i] for i in positions],
+            [top_logprobs_of(ids[i], options.top_logprobs_num) if i else None for i in positions],
+        )
+
+    def reply(
+        self, sample: Sample, index: int = 0, *, binary: bool, num_tokens: int | None = None
+    ) -> dict[str, object]:
         """Make this leg's reply."""
-        finished, block = self.finished(sample)
+        finished, block = self.finished(sample, index, num_tokens=num_tokens)
+        logprobs = logprob_fields(finished, sample.options, text_of)
         return sample_reply(
             finished,
-            text="".join(f"<{token}>" for token in finished.token_ids),
+            text="".join(map(text_of, finished.token_ids)),
             options=sample.options,
             weight_version=self.weight_version,
             e2e_latency_s=0.0,
             rows=None if block is None else row_fields(block, "auto", binary=binary),
+            logprobs={} if self.drop_logprobs else logprobs,
             is_leg=True,
         )
+
+    async def send(self, request: web.Request, sample: Sample, *, num_tokens: int | None = None) -> web.StreamResponse:
+        """Send this leg's whole answer."""
+        n = sample.options.sampling.n if self.role == "decode" else 1
+        if not sample.options.stream:
+            replies = [self.reply(sample, index, binary=True, num_tokens=num_tokens) for index in range(n)]
+            return web.Response(body=encode_msgpack(replies if n > 1 else replies[0]), content_type=MSGPACK)
+        response = await begin_stream(request)
+        await send_progress(response, sample, num_tokens=num_tokens)
+        for index in range(n):
+            last = self.reply(sample, index, binary=False, num_tokens=num_tokens)
+            await response.write(sse_event({**last, "index": index} if n > 1 else last))
+        await response.write(SSE_DONE)
+        return response
 
 
 async def good(stub: StubWorker, request: web.Request, sample: Sample) -> web.StreamResponse:
     """Answer as a worker should."""
-    if not sample.options.stream:
-        return web.Response(body=encode_msgpack(stub.reply(sample, binary=True)), content_type=MSGPACK)
-    response = await begin_stream(request)
-    await send_progress(response, sample)
-    await response.write(sse_event(stub.reply(sample, binary=False)))
-    await response.write(SSE_DONE)
-    return response
+    return await stub.send(request, sample)
+
+
+def when_aborted(num_tokens: int) -> Behaviour:
+    """Answer with so many tokens once /abort_request has come."""
+
+    async def behaviour(stub: StubWorker, request: web.Request, sample: Sample) -> web.StreamResponse:
+        await stub.abort_arrived.wait()
+        return await stub.send(request, sample, num_tokens=num_tokens)
+
+    return behaviour
+
+
+async def fail_when_aborted(stub: StubWorker, request: web.Request, sample: Sample) -> web.StreamResponse:
+    """Fail once /abort_request has come, as a worker does that only sees that its peer has closed the room."""
+    await stub.abort_arrived.wait()
+    return await refuse(502, "the room was closed")(stub, request, sample)
 
 
 async def after_release(stub: StubWorker, request: web.Request, sample: Sample) -> web.StreamResponse:
@@ -207,19 +291,23 @@ async def begin_stream(request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def send_progress(response: web.StreamResponse, sample: Sample) -> None:
-    """Send one event for each token but the last."""
-    tokens = output_ids(sample)
-    for count in range(1, len(tokens)):
-        event = progress_reply(
-            sample.rid,
-            text="".join(f"<{token}>" for token in tokens[:count]),
-            token_ids=tokens[:count],
-            logprobs=[-float(token) for token in tokens[:count]],
-            prompt_tokens=prompt_tokens(sample),
-            options=sample.options,
-        )
-        await response.write(sse_event(event))
+async def send_progress(response: web.StreamResponse, sample: Sample, *, num_tokens: int | None = None) -> None:
+    """Send one event for each token but the last, of all samples in turn."""
+    options, n = sample.options, sample.options.sampling.n
+    outputs = [output_ids(sample, index)[:num_tokens] for index in range(n)]
+    for count in range(1, len(outputs[0])):
+        for index, tokens in enumerate(outputs):
+            event = progress_reply(
+                sample.rid,
+                text="".join(map(text_of, tokens[:count])),
+                token_ids=tokens[:count],
+                logprobs=[logprob_of(token) for token in tokens[:count]],
+                top_logprobs=[top_logprobs_of(token, options.top_logprobs_num) for token in tokens[:count]],
+                prompt_tokens=prompt_tokens(sample),
+                options=options,
+                text_of=text_of,
+            )
+            await response.write(sse_event({**event, "index": index} if n > 1 else event))
 
 
 @dataclass
@@ -248,14 +336,19 @@ async def serving(app: web.Application) -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def stack(
-    *, prefill: Behaviour | None = None, decode: Behaviour | None = None, deadline_s: float = 30.0
+    *,
+    prefill: Behaviour | None = None,
+    decode: Behaviour | None = None,
+    deadline_s: float = 30.0,
+    router: dict[str, Any] | None = None,
+    server: dict[str, Any] | None = None,
 ) -> AsyncIterator[Stack]:
     """Start two stubs, a router for them and a client. A router that hangs fails its test after 20 s."""
     stubs = StubWorker("prefill", prefill), StubWorker("decode", decode)
     async with asyncio.timeout(20), serving_stub(stubs[0]), serving_stub(stubs[1]):
         config = RouterConfig(
-            router=RouterOptions(prefill=((stubs[0].url, 8998),), decode=(stubs[1].url,)),
-            server=ServerOptions(request_deadline_s=deadline_s),
+            router=RouterOptions(prefill=((stubs[0].url, 8998),), decode=(stubs[1].url,), **router or {}),
+            server=ServerOptions(request_deadline_s=deadline_s, **server or {}),
         )
         async with serving(await create_app(config)) as url, aiohttp.ClientSession(url) as client:
             yield Stack(*stubs, client, url)
@@ -268,9 +361,18 @@ async def serving_stub(stub: StubWorker) -> AsyncIterator[StubWorker]:
     async def ok(_: web.Request) -> web.Response:
         return web.json_response({"role": stub.role})
 
+    async def server_info(_: web.Request) -> web.Response:
+        return web.json_response({"role": stub.role, "model_path": "stub/model", "context_tokens": 4096})
+
+    async def flush(_: web.Request) -> web.Response:
+        return web.json_response({"role": stub.role}, status=stub.flush_status)
+
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/generate", stub.generate)
-    app.router.add_get("/health", ok)
-    app.router.add_get("/server_info", ok)
+    app.router.add_post("/abort_request", stub.abort_request)
+    for path in ("/health", "/model_info", "/v1/loads"):
+        app.router.add_get(path, ok)
+    app.router.add_get("/server_info", server_info)
+    app.router.add_post("/flush_cache", flush)
     async with serving(app) as stub.url:
         yield stub

@@ -7,10 +7,19 @@ import numpy as np
 import pytest
 
 from common.errors import LegFailed, RequestError
-from common.messages import Bootstrap, ErrorReport, Finished, FinishReason, RequestOptions
+from common.messages import (
+    Bootstrap,
+    ErrorReport,
+    Finished,
+    FinishReason,
+    PromptLogprobs,
+    RequestOptions,
+    SamplingParams,
+)
 from common.protocol.generate import parse_generate
 from common.protocol.legs import decode_error, decode_last_event, decode_leg, encode_leg
 from common.protocol.limits import check_limits
+from common.protocol.logprobs import logprob_fields
 from common.protocol.replies import (
     encode_json,
     encode_msgpack,
@@ -95,20 +104,52 @@ BAD = [
     ("bootstrap_port", {"text": "a", "bootstrap_host": "h", "bootstrap_port": 0, "bootstrap_room": 1}),
     ("bootstrap_room", {"text": ["a", "b"], "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 1}),
     ("bootstrap_room", {"text": ["a", "b"], "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": [1]}),
-    # Known, and not to be had yet.
-    ("sampling_params.n", with_sampling(n=2)),
-    ("sampling_params.stop", with_sampling(stop=["x"])),
-    ("sampling_params.min_new_tokens", with_sampling(min_new_tokens=1)),
-    ("sampling_params.frequency_penalty", with_sampling(frequency_penalty=0.5)),
-    ("sampling_params.presence_penalty", with_sampling(presence_penalty=0.5)),
-    ("sampling_params.repetition_penalty", with_sampling(repetition_penalty=1.1)),
-    ("sampling_params.logit_bias", with_sampling(logit_bias={"5": 1})),
-    ("sampling_params.no_stop_trim", with_sampling(no_stop_trim=True)),
+    ("bootstrap_room", {**with_sampling(n=2), "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": 1}),
+    ("bootstrap_room", {**with_sampling(n=2), "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": [1]}),
+    ("bootstrap_room", {**with_sampling(n=2), "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": [1, 1]}),
+    ("bootstrap_room", {**with_sampling(n=2), "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": [1, "2"]}),
+    ("bootstrap_room", {**with_sampling(n=1), "bootstrap_host": "h", "bootstrap_port": 1, "bootstrap_room": [1]}),
+    ("messages", {"text": "a", "messages": [{"role": "user", "content": "x"}]}),
+    ("messages", {"messages": []}),
+    ("messages", {"messages": "hello"}),
+    ("messages[0]", {"messages": ["hello"]}),
+    ("messages[0]", {"messages": [[{"role": "user", "content": "x"}]]}),
+    ("messages[0].role", {"messages": [{"content": "x"}]}),
+    ("messages[1].content", {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": 3}]}),
+    ("chat_template_kwargs", {"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": [1]}),
+    ("sampling_params.n", with_sampling(n=0)),
+    ("sampling_params.n", with_sampling(n=129)),
+    ("sampling_params.n", with_sampling(n=2.0)),
+    ("sampling_params.n", with_sampling(n=2, max_new_tokens=0)),
+    ("sampling_params.sampling_seed", with_sampling(n=2, sampling_seed=2**63 - 1)),
+    ("sampling_params.stop", with_sampling(stop=3)),
+    ("sampling_params.stop", with_sampling(stop=["x"] * 17)),
+    ("sampling_params.stop", with_sampling(stop="x" * 1025)),
+    ("sampling_params.stop[1]", with_sampling(stop=["x", ""])),
+    ("sampling_params.stop[0]", with_sampling(stop=[5])),
+    ("sampling_params.min_new_tokens", with_sampling(min_new_tokens=-1)),
+    ("sampling_params.min_new_tokens", with_sampling(min_new_tokens=6, max_new_tokens=5)),
+    ("sampling_params.frequency_penalty", with_sampling(frequency_penalty=2.5)),
+    ("sampling_params.presence_penalty", with_sampling(presence_penalty=-2.1)),
+    ("sampling_params.repetition_penalty", with_sampling(repetition_penalty=0)),
+    ("sampling_params.repetition_penalty", with_sampling(repetition_penalty=2.01)),
+    ("sampling_params.logit_bias", with_sampling(logit_bias=[1])),
+    ("sampling_params.logit_bias", with_sampling(logit_bias={"x": 1})),
+    ("sampling_params.logit_bias", with_sampling(logit_bias={"-1": 1})),
+    ("sampling_params.logit_bias", with_sampling(logit_bias={"\u0663": 1})),
+    ("sampling_params.logit_bias", with_sampling(logit_bias={"9" * 10: 1})),
+    ("sampling_params.logit_bias", with_sampling(logit_bias={"9" * 5000: 1})),
+    ("sampling_params.logit_bias.5", with_sampling(logit_bias={"5": 101})),
+    ("sampling_params.logit_bias.5", with_sampling(logit_bias={"5": None})),
+    ("sampling_params.no_stop_trim", with_sampling(no_stop_trim=1)),
+    ("top_logprobs_num", {"text": "a", "return_logprob": True, "top_logprobs_num": 21}),
+    ("logprob_start_len", {"text": "a", "return_logprob": True, "logprob_start_len": -2}),
+    ("return_text_in_logprobs", {"text": "a", "return_logprob": True, "return_text_in_logprobs": 1}),
+    # Known, and not to be had.
+    ("sampling_params.stop_regex", with_sampling(stop_regex="a+")),
+    ("token_ids_logprob", {"text": "a", "token_ids_logprob": [1]}),
     ("sampling_params.json_schema", with_sampling(json_schema="{}")),
     ("sampling_params.regex", with_sampling(regex="a+")),
-    ("top_logprobs_num", {"text": "a", "top_logprobs_num": 2}),
-    ("logprob_start_len", {"text": "a", "logprob_start_len": 0}),
-    ("return_text_in_logprobs", {"text": "a", "return_text_in_logprobs": True}),
     ("return_hidden_states", {"text": "a", "return_hidden_states": True}),
     ("lora_path", {"text": ["a", "b"], "lora_path": [None, "x"]}),
     ("image_data", {"text": "a", "image_data": "x.png"}),
@@ -189,10 +230,81 @@ def test_a_list_has_one_of_everything_for_each():
     assert (first.rid, second.rid, first.input_ids, second.input_ids) == ("x", "y", (1,), (2, 3))
     assert (first.options.sampling.seed, first.options.sampling.stop_token_ids) == (7, (5, 9))
     assert second.options.sampling.max_new_tokens == 0
-    assert (first.bootstrap, second.bootstrap) == (Bootstrap("h", 1, 10), Bootstrap("h", 2, 2**63 - 1))
+    assert (first.bootstrap, second.bootstrap) == (Bootstrap("h", 1, (10,)), Bootstrap("h", 2, (2**63 - 1,)))
     assert call.stream
     assert first.options.stream
     assert [sample.rid for sample in parse(text=["a", "b"], rid="x").samples] == ["x_0", "x_1"]
+
+
+def test_every_sampling_parameter_arrives():
+    given = {
+        "n": 3,
+        "max_new_tokens": 9,
+        "min_new_tokens": 9,
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "top_k": 5,
+        "min_p": 0.25,
+        "frequency_penalty": -2,
+        "presence_penalty": 2,
+        "repetition_penalty": 2,
+        "logit_bias": {"5": -100, "07": 1.5},
+        "stop": ["b", "a", "b"],
+        "no_stop_trim": True,
+        "ignore_eos": True,
+        "stop_token_ids": [3, 2, 3],
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+        "sampling_seed": 2**63 - 3,
+    }
+    sampling = parse(text="a", sampling_params=given).samples[0].options.sampling
+    assert sampling == SamplingParams(
+        **{
+            **{name: value for name, value in given.items() if name != "sampling_seed"},
+            "logit_bias": {5: -100.0, 7: 1.5},
+            "stop": ("b", "a"),
+            "stop_token_ids": (2, 3),
+            "seed": 2**63 - 3,
+        }
+    )
+    assert parse(**with_sampling(stop="ab")).samples[0].options.sampling.stop == ("ab",)
+    assert parse(**with_sampling(stop="")).samples[0].options.sampling.stop == ()
+
+
+def test_logprob_options_count_only_when_logprobs_are_asked_for():
+    fields = {"logprob_start_len": 4, "top_logprobs_num": 3, "return_text_in_logprobs": True}
+    options = parse(text="a", return_logprob=True, **fields).samples[0].options
+    assert (options.logprob_start_len, options.top_logprobs_num, options.return_text_in_logprobs) == (4, 3, True)
+    ignored = parse(text="a", **fields).samples[0].options
+    assert ignored == RequestOptions(sampling=ignored.sampling)
+
+
+def test_several_answers_make_a_list():
+    call = parse(**with_sampling(n=3), bootstrap_host="h", bootstrap_port=1, bootstrap_room=[5, 6, 2**63 - 1])
+    assert (call.is_list, call.has_prompt_list, call.num_answers) == (True, False, 3)
+    assert call.samples[0].bootstrap == Bootstrap("h", 1, (5, 6, 2**63 - 1))
+    call = parse(
+        text=["a", "b"],
+        sampling_params=[{"n": 2}, {}],
+        bootstrap_host="h",
+        bootstrap_port=1,
+        bootstrap_room=[[5, 6], 7],
+    )
+    assert (call.is_list, call.has_prompt_list, call.num_answers) == (True, True, 3)
+    assert [sample.bootstrap.rooms for sample in call.samples if sample.bootstrap] == [(5, 6), (7,)]
+    one = parse(text=["a"], bootstrap_host="h", bootstrap_port=1, bootstrap_room=7).samples[0]
+    assert one.bootstrap == Bootstrap("h", 1, (7,))
+
+
+def test_a_conversation_is_a_prompt():
+    messages = [{"role": "system", "content": ""}, {"role": "user", "content": "hi", "name": "x"}]
+    call = parse(messages=messages, chat_template_kwargs={"enable_thinking": False})
+    (sample,) = call.samples
+    assert not call.is_list
+    assert (sample.prompt_field, sample.text, sample.input_ids) == ("messages", None, None)
+    assert sample.messages == tuple(messages)
+    assert sample.chat_template_kwargs == {"enable_thinking": False}
+    assert parse(text="a", chat_template_kwargs={"x": 1}).samples[0].chat_template_kwargs == {}
 
 
 LIMITS = {"vocab_size": 100, "context_tokens": 50, "kv_pool_tokens": 40}
@@ -207,6 +319,15 @@ LIMITS = {"vocab_size": 100, "context_tokens": 50, "kv_pool_tokens": 40}
         ("sampling_params.max_new_tokens", "context of 50", with_sampling(max_new_tokens=41), 10, LIMITS),
         ("text", "51 tokens", with_sampling(max_new_tokens=0), 51, LIMITS),
         ("input_ids", "40 tokens", {"input_ids": [1], "sampling_params": {"max_new_tokens": 5}}, 40, LIMITS),
+        ("sampling_params.logit_bias", "id 100 is", with_sampling(logit_bias={"100": 1}), 1, LIMITS),
+        ("sampling_params.stop_token_ids", "id 100 is", with_sampling(stop_token_ids=[1, 100]), 1, LIMITS),
+        (
+            "logprob_start_len",
+            "6 is outside [0, 5]",
+            {**with_sampling(max_new_tokens=1), "return_logprob": True, "logprob_start_len": 6},
+            5,
+            LIMITS,
+        ),
         (
             "routed_experts_start_len",
             "6 is outside [0, 5]",
@@ -286,6 +407,57 @@ def test_json_and_msgpack_say_the_same():
         }
 
 
+def test_logprobs_have_exactly_three_items():
+    options = RequestOptions(return_logprob=True, logprob_start_len=0, top_logprobs_num=2, return_text_in_logprobs=True)
+    ended = msgspec.structs.replace(
+        finished(),
+        top_logprobs=[[(-0.5, 7), (-2.0, 1)], [(-1.0, 8), (-3.0, 2)], [(-1.5, 9), (float("-inf"), 3)]],
+        prompt_logprobs=PromptLogprobs([None, -4.0], [5, 6], [None, [(-4.0, 6), (-5.0, 7)]]),
+    )
+    made = logprob_fields(ended, options, text_of=str)
+    assert json.loads(msgspec.json.encode(made)) == {
+        "output_token_logprobs": [[-0.5, 7, "7"], [-1.0, 8, "8"], [-1.5, 9, "9"]],
+        "output_top_logprobs": [
+            [[-0.5, 7, "7"], [-2.0, 1, "1"]],
+            [[-1.0, 8, "8"], [-3.0, 2, "2"]],
+            [[-1.5, 9, "9"], [None, 3, "3"]],
+        ],
+        "input_token_logprobs": [[None, 5, "5"], [-4.0, 6, "6"]],
+        "input_top_logprobs": [None, [[-4.0, 6, "6"], [-5.0, 7, "7"]]],
+    }
+    plain = logprob_fields(ended, RequestOptions(return_logprob=True), text_of=str)
+    assert plain == {"output_token_logprobs": [(-0.5, 7, None), (-1.0, 8, None), (-1.5, 9, None)]}
+    answer = sample_reply(
+        ended, text="", options=options, weight_version="w", e2e_latency_s=0.0, logprobs=made, is_leg=True
+    )
+    leg = decode_leg(encode_msgpack(answer)).meta_info
+    assert (leg.input_token_logprobs, leg.input_top_logprobs) == (
+        [(None, 5, "5"), (-4.0, 6, "6")],
+        [None, [(-4.0, 6, "6"), (-5.0, 7, "7")]],
+    )
+    assert leg.output_top_logprobs is not None
+    assert leg.output_top_logprobs[2] == [(-1.5, 9, "9"), (float("-inf"), 3, "3")]
+
+
+def test_an_early_abort_has_no_rows_at_all():
+    ended = msgspec.structs.replace(
+        finished(),
+        token_ids=[],
+        logprobs=[],
+        finish_reason=FinishReason(type="abort", message="asked for", cause="requested"),
+    )
+    answer = sample_reply(ended, text="", options=OPTIONS, weight_version="w", e2e_latency_s=0.0, is_leg=True)
+    body = json.loads(encode_json(answer))
+    assert not [key for key in body["meta_info"] if key.startswith("routed_experts")]
+    assert body["output_ids"] == body["meta_info"]["output_token_logprobs"] == []
+    assert body["meta_info"]["finish_reason"] == {"type": "abort", "message": "asked for", "cause": "requested"}
+    leg = decode_leg(encode_msgpack(answer))
+    assert leg.rows is None
+    assert leg.meta_info.finish_reason.cause == "requested"
+    with pytest.raises(AssertionError):
+        sample_reply(finished(), text="", options=OPTIONS, weight_version="w", e2e_latency_s=0.0)
+
+
 def test_a_leg_reply_comes_back_with_its_block():
     body = encode_msgpack(reply(binary=True, is_leg=True))
     event = encode_json(reply(binary=False, is_leg=True))
@@ -293,7 +465,8 @@ def test_a_leg_reply_comes_back_with_its_block():
         assert leg.rows is not None
         assert leg.rows.header == BLOCK.header
         np.testing.assert_array_equal(view(leg.rows), view(BLOCK))
-        assert (leg.logprobs, leg.leg.timings) == ([-0.5, -1.0, -1.5], {"pd_transfer_duration": 0.25})
+        assert [logprob for logprob, _, _ in leg.meta_info.output_token_logprobs or ()] == [-0.5, -1.0, -1.5]
+        assert leg.leg.timings == {"pd_transfer_duration": 0.25}
     rows = decode_leg(body).rows
     assert rows is not None
     assert np.shares_memory(np.frombuffer(body, np.uint8), view(rows))
@@ -307,7 +480,7 @@ def test_a_leg_body_is_parsed_as_it_was_meant():
         routed_experts_start_len=1,
         sampling_params={"temperature": 0.5, "top_k": 3, "stop_token_ids": [4], "ignore_eos": True},
     ).samples[0]
-    bootstrap = Bootstrap("h", 8, 9)
+    bootstrap = Bootstrap("h", 8, (9,))
     call = parse_generate(encode_leg(sample, rid="leg", bootstrap=bootstrap, stream=False))
     (leg,) = call.samples
     assert not call.is_list

@@ -356,6 +356,286 @@ async def test_bad_rows_do_not_leave():
     assert f"position {P}" in reply["error"]["message"]
 
 
+# ------------------------------------------------------------------------------------------------ several samples
+
+
+def tokens_of(seed, index, count=4):
+    return [seed + index + i for i in range(count)]
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/msgpack"])
+@pytest.mark.parametrize("start", [0, P])
+async def test_n_samples_share_one_prefill(start, accept):
+    request = body(sampling_params={"n": 3}, routed_experts_start_len=start, return_logprob=True)
+    async with (
+        stack() as running,
+        running.client.post("/generate", json=request, headers={"Accept": accept}) as response,
+    ):
+        assert response.content_type == accept
+        decode = json.loads if accept == "application/json" else msgspec.msgpack.decode
+        replies = decode(await response.read())
+        (prefill,), (decode_leg,) = running.prefill.samples, running.decode.samples
+    assert prefill == decode_leg
+    assert prefill.bootstrap is not None
+    assert len(set(prefill.bootstrap.rooms)) == prefill.options.sampling.n == 3
+    assert len(replies) == 3
+    for index, reply in enumerate(replies):
+        assert reply["output_ids"] == tokens_of(100, index)
+        assert [token for _, token, _ in reply["meta_info"]["output_token_logprobs"]] == tokens_of(100, index)
+        assert (reply["meta_info"]["id"], reply["meta_info"]["cached_tokens"]) == ("mine", CACHED_TOKENS)
+        np.testing.assert_array_equal(moe_rows(reply["meta_info"]), ROWS[start : P + 3])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_samples_of_several_prompts_are_numbered_through(stream):
+    request = body(input_ids=[[1] * 3, [2] * 8, [3]], rid=["a", "b", "c"]) | {
+        "sampling_params": [{"n": n, "max_new_tokens": 3, "sampling_seed": 10 * n} for n in (2, 1, 3)]
+    }
+    expected = [("a", 3, 20, 0), ("a", 3, 20, 1), ("b", 8, 10, 0), ("c", 1, 30, 0), ("c", 1, 30, 1), ("c", 1, 30, 2)]
+    async with stack() as running:
+        if stream:
+            events, done = await events_of(running, request)
+            assert done
+            replies = [[event for event in events if event["index"] == index][-1] for index in range(6)]
+            assert len(events) == 6 * 3
+        else:
+            _, replies = await ask(running, request)
+    assert len(replies) == 6
+    for reply, (rid, num_prompt, seed, index) in zip(replies, expected, strict=True):
+        assert (reply["meta_info"]["id"], reply["output_ids"]) == (rid, tokens_of(seed, index, 3))
+        np.testing.assert_array_equal(moe_rows(reply["meta_info"]), ROWS[: num_prompt + 2])
+
+
+async def test_a_sample_that_ends_early_is_told_early():
+    async def end_the_first(stub, request, sample):
+        response = await stubs.begin_stream(request)
+        await response.write(stubs.sse_event(stub.reply(sample, 0, binary=False) | {"index": 0}))
+        await stub.release.wait()
+        await response.write(stubs.sse_event(stub.reply(sample, 1, binary=False) | {"index": 1}))
+        await response.write(stubs.SSE_DONE)
+        return response
+
+    request = body(stream=True, sampling_params={"n": 2})
+    async with (
+        stack(decode=end_the_first) as running,
+        running.client.post("/generate", json=request) as response,
+    ):
+        first = json.loads((await response.content.readuntil(b"\n\n"))[6:])
+        assert (first["index"], first["meta_info"]["finish_reason"]["type"]) == (0, "length")
+        np.testing.assert_array_equal(moe_rows(first["meta_info"]), ROWS[: P + 3])
+        running.decode.release.set()
+        assert (await response.text()).endswith("data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_sample_too_few_or_twice_is_an_error(stream):
+    async def answer_one(stub, request, sample):
+        if not stream:
+            return stubs.web.Response(body=stubs.encode_msgpack([stub.reply(sample, binary=True)]))
+        response = await stubs.begin_stream(request)
+        for _ in range(2):
+            await response.write(stubs.sse_event(stub.reply(sample, binary=False) | {"index": 0}))
+        return response
+
+    async with stack(decode=answer_one) as running:
+        if stream:
+            events, done = await events_of(running, body(sampling_params={"n": 2}))
+            assert not done
+            error = events[-1]["error"]
+        else:
+            _, reply = await ask(running, body(sampling_params={"n": 2}))
+            error = reply["error"]
+    assert (error["code"], error["leg"]) == ("leg_failed", "decode")
+
+
+# ------------------------------------------------------------------------------------------------ logprobs
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("with_text", [False, True])
+async def test_logprobs_come_from_the_leg_that_knows_them(with_text, stream):
+    request = body(
+        return_logprob=True,
+        logprob_start_len=0,
+        top_logprobs_num=2,
+        return_text_in_logprobs=with_text,
+        sampling_params={"max_new_tokens": 2},
+    )
+    async with stack() as running:
+        if stream:
+            events, _ = await events_of(running, request)
+            assert "input_token_logprobs" not in events[0]["meta_info"]
+            assert len(events[0]["meta_info"]["output_token_logprobs"]) == 1
+            meta = events[-1]["meta_info"]
+        else:
+            _, reply = await ask(running, request)
+            meta = reply["meta_info"]
+
+    def item(token):
+        return [-float(token), token, f"<{token}>" if with_text else None]
+
+    first = [None, PROMPT[0], f"<{PROMPT[0]}>" if with_text else None]
+    assert meta["input_token_logprobs"] == [first, *(item(token) for token in PROMPT[1:])]
+    assert meta["input_top_logprobs"] == [None, *([item(token), item(token + 1)] for token in PROMPT[1:])]
+    assert meta["output_token_logprobs"] == [item(100), item(101)]
+    assert meta["output_top_logprobs"] == [[item(100), item(101)], [item(101), item(102)]]
+
+
+async def test_a_scored_prompt_has_its_logprobs():
+    async with stack() as running:
+        request = body(return_logprob=True, logprob_start_len=2, sampling_params={"max_new_tokens": 0})
+        _, reply = await ask(running, request)
+    meta = reply["meta_info"]
+    assert [token for _, token, _ in meta["input_token_logprobs"]] == PROMPT[2:]
+    assert meta["output_token_logprobs"] == []
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+async def test_logprobs_that_are_not_whole_are_an_error(leg, stream):
+    async with stack() as running:
+        getattr(running, leg).drop_logprobs = True
+        request = body(return_logprob=True, logprob_start_len=0)
+        if stream:
+            events, done = await events_of(running, request)
+            assert not done
+            error = events[-1]["error"]
+        else:
+            status, reply = await ask(running, request)
+            assert status == 502
+            error = reply["error"]
+    assert (error["code"], error["leg"], error["rid"]) == ("leg_failed", leg, "mine")
+
+
+# ------------------------------------------------------------------------------------------------ aborts
+
+
+async def abort(running, **fields):
+    async with running.client.post("/abort_request", json=fields) as response:
+        return response.status, await response.json()
+
+
+async def both_arrived(running):
+    await running.prefill.arrived.wait()
+    await running.decode.arrived.wait()
+
+
+async def ask_and_abort(running, request, **fields):
+    asking = asyncio.create_task((events_of if request.get("stream") else ask)(running, request))
+    await both_arrived(running)
+    status, reports = await abort(running, **fields)
+    assert status == 200, reports
+    return await asking, reports
+
+
+def last_reply(answer, request):
+    first, second = answer
+    if not request.get("stream"):
+        assert first == 200
+        return second
+    assert second, "the stream ended without [DONE]"
+    return first[-1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("selector", [{"rid": "mi"}, {"abort_all": True}])
+async def test_an_aborted_request_ends_with_what_it_has(selector, stream):
+    request = body(stream=stream, return_logprob=True)
+    async with stack(decode=stubs.when_aborted(2)) as running:
+        answer, reports = await ask_and_abort(running, request, **selector)
+        (prefill,), (decode,) = running.prefill.samples, running.decode.samples
+    assert running.prefill.aborts == running.decode.aborts == [{"rid": prefill.rid}]
+    assert prefill.rid == decode.rid
+    assert reports["aborted"] == 1
+    assert [(one["worker_type"], one["status"]) for one in reports["workers"]] == [("prefill", 200), ("decode", 200)]
+    reply = last_reply(answer, request)
+    meta = reply["meta_info"]
+    assert (reply["output_ids"], reply["text"]) == ([100, 101], "<100><101>")
+    assert (meta["finish_reason"]["type"], meta["finish_reason"]["cause"]) == ("abort", "requested")
+    np.testing.assert_array_equal(moe_rows(meta), ROWS[: P + 1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("prefill", "decode"),
+    [
+        (stubs.when_aborted(0), stubs.when_aborted(0)),
+        (stubs.when_aborted(0), stubs.hang),
+        (stubs.when_aborted(0), stubs.fail_when_aborted),
+        (stubs.fail_when_aborted, stubs.when_aborted(0)),
+        (stubs.good, stubs.when_aborted(0)),
+    ],
+)
+async def test_a_request_aborted_before_its_first_token_has_no_rows(prefill, decode, n, stream):
+    request = body(stream=stream, return_logprob=True, sampling_params={"n": n})
+    async with stack(prefill=prefill, decode=decode) as running:
+        answer, _ = await ask_and_abort(running, request, rid="mine")
+    if stream:
+        replies, done = answer
+        assert done
+    else:
+        status, reply = answer
+        assert status == 200
+        replies = reply if n > 1 else [reply]
+    assert len(replies) == n
+    for reply in replies:
+        assert (reply["output_ids"], reply["text"]) == ([], "")
+        assert reply["meta_info"]["finish_reason"]["type"] == "abort"
+        assert reply["meta_info"]["output_token_logprobs"] == []
+        assert not any(name.startswith("routed_experts") for name in reply["meta_info"])
+
+
+async def test_a_scored_prompt_can_be_aborted():
+    async with stack(prefill=stubs.when_aborted(0)) as running:
+        asking = asyncio.create_task(ask(running, body(sampling_params={"max_new_tokens": 0})))
+        await running.prefill.arrived.wait()
+        await abort(running, rid="mine")
+        status, reply = await asking
+    assert (status, reply["output_ids"]) == (200, [])
+    assert "routed_experts" not in reply["meta_info"]
+
+
+async def test_an_abort_reaches_no_other_request():
+    async with stack(decode=stubs.after_release) as running:
+        asking = asyncio.create_task(ask(running, body()))
+        await both_arrived(running)
+        assert (await abort(running, rid="other"))[1]["aborted"] == 0
+        assert (await abort(running, rid=""))[0] == (await abort(running))[0] == 400
+        assert running.decode.aborts == []
+        running.decode.release.set()
+        status, reply = await asking
+    assert (status, reply["output_ids"]) == (200, tokens_of(100, 0))
+    async with stack() as running:
+        await ask(running, body())
+        assert (await abort(running, abort_all=True))[1]["aborted"] == 0
+
+
+@pytest.mark.parametrize("leg", ["prefill", "decode"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_abort_that_nobody_asked_for_is_a_failure(leg, stream):
+    async def lose(stub, request, sample):
+        reply = stub.reply(sample, binary=not sample.options.stream, num_tokens=1)
+        reply["meta_info"]["finish_reason"] = {"type": "abort", "message": "lost a page", "cause": "preempted"}
+        if not sample.options.stream:
+            return stubs.web.Response(body=stubs.encode_msgpack(reply))
+        response = await stubs.begin_stream(request)
+        await response.write(stubs.sse_event(reply))
+        return response
+
+    async with stack(**{leg: lose}) as running:
+        if stream:
+            async with running.client.post("/generate", json=body(stream=True)) as response:
+                text = await response.text()
+            error = json.loads(text.removeprefix("data: ").split("\n\ndata: ")[-1])["error"]
+        else:
+            status, reply = await ask(running, body())
+            assert status == 502
+            error = reply["error"]
+    assert (error["code"], error["leg"]) == ("leg_failed", leg)
+    assert "lost a page" in error["message"]
+
+
 # ------------------------------------------------------------------------------------------------ clients
 
 
@@ -387,7 +667,7 @@ async def test_a_client_that_leaves_frees_both_legs(stream, is_list):
     [
         ({"text": ""}, {}, "text"),
         ({"text": "a", "stream": True}, {"Accept": "application/msgpack"}, "stream"),
-        ({"text": "a", "sampling_params": {"n": 2}}, {}, "sampling_params.n"),
+        ({"text": "a", "sampling_params": {"n": 0}}, {}, "sampling_params.n"),
     ],
 )
 async def test_a_wrong_request_reaches_no_worker(request_body, headers, field):
@@ -397,6 +677,17 @@ async def test_a_wrong_request_reaches_no_worker(request_body, headers, field):
     assert status == 400
     assert reply["error"]["type"] == "invalid_request_error"
     assert reply["error"]["message"].startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+async def test_places_are_given_back(path):
+    async with stack(server={"max_open_requests": 2}) as running:
+        for _ in range(3):
+            async with running.client.post(path, json=body(prompt=PROMPT, sampling_params={"n": 2})) as response:
+                assert response.status == 200
+        async with running.client.post(path, json=body(prompt=PROMPT, n=3, sampling_params={"n": 3})) as response:
+            assert (response.status, "Retry-After" in response.headers) == (429, True)
+            assert (await response.json())["error"]["type"] == "rate_limit_error"
 
 
 async def test_bodies_too_large_and_paths_unknown_have_error_bodies():
@@ -427,7 +718,39 @@ async def test_health_and_information():
         assert (probe.input_ids, probe.options.sampling.max_new_tokens) == ((0,), 1)
         async with running.client.get("/server_info") as response:
             workers = (await response.json())["workers"]
-    assert [worker["info"] for worker in workers] == [{"role": "prefill"}, {"role": "decode"}]
+    assert [worker["info"]["role"] for worker in workers] == ["prefill", "decode"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize(("theirs", "ours"), [(200, 200), (400, 400), (500, 502)])
+async def test_a_flush_is_done_when_all_have_done_it(method, theirs, ours):
+    async with stack() as running:
+        running.decode.flush_status = theirs
+        async with running.client.request(method, "/flush_cache") as response:
+            assert response.status == ours
+            workers = (await response.json())["workers"]
+    assert [worker["status"] for worker in workers] == [200, theirs]
+
+
+async def test_every_worker_is_asked_about_the_model_and_its_load():
+    async with stack() as running:
+        for path in ("/model_info", "/get_model_info", "/v1/loads"):
+            async with running.client.get(path) as response:
+                answer = await response.json()
+            assert [worker["info"]["role"] for worker in answer["workers"]] == ["prefill", "decode"], path
+
+
+async def test_a_worker_that_is_gone_is_told_of():
+    async with stack() as running:
+        app = await stubs.create_app(
+            RouterConfig(router=RouterOptions(prefill=((running.prefill.url, 1),), decode=("http://127.0.0.1:1",)))
+        )
+        async with stubs.serving(app) as router:
+            async with running.client.post(f"{router}/flush_cache") as response:
+                assert response.status == 502
+                assert [one["status"] for one in (await response.json())["workers"]] == [200, "unreachable"]
+            async with running.client.get(f"{router}/v1/models") as response:
+                assert (await response.json())["data"][0]["id"] == "stub/model"
 
 
 async def test_health_generate_tells_of_a_broken_pair():

@@ -1,0 +1,129 @@
+"""Bodies with rows in them, written in parts that are each quick to make (R16).
+
+One base64 call on 50 MB of rows would hold the interpreter lock for 100 ms, and one copy of them into a msgpack body for
+10 ms. So a reply is encoded with a mark in the place of each block of rows, and cut there. It knows no field but those of
+the rows. Neighbours: `replies` and `openai_api` (build the replies), `common.routed_experts.codec` (the rows' forms).
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
+
+from aiohttp import web
+from msgspec import Struct
+
+from common.messages import RowBlock
+from common.protocol.replies import MSGPACK, Reply
+from common.routed_experts.codec import RowForm, base64_length, base64_slices, describe, view
+
+# A body below this is made in one go on the event loop.
+_SMALL_BODY_BYTES = 256 * 2**10
+_SLICE_BYTES = 2**17
+_PARTS_PER_TRIP = 8
+
+
+class Body(Struct, frozen=True):
+    """Encoded text around blocks of rows: `texts[0] blocks[0] texts[1] blocks[1] ... texts[-1]`."""
+
+    texts: list[bytes]
+    blocks: list["EncodedRows"]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of all of it."""
+        return sum(map(len, self.texts)) + sum(block.num_bytes for block in self.blocks)
+
+    def parts(self) -> Iterator[bytes]:
+        """Make the parts, one after the other."""
+        for text, block in zip(self.texts, self.blocks, strict=False):
+            yield text
+            yield from block.parts()
+        yield self.texts[-1]
+
+    async def written(self) -> AsyncIterator[bytes]:
+        """Make the parts, off the event loop unless they are small."""
+        if self.num_bytes <= _SMALL_BODY_BYTES:
+            yield b"".join(self.parts())
+            return
+        parts = self.parts()
+        # One trip to a thread for each part would cost more than the encoding.
+        while batch := await asyncio.to_thread(lambda: list(islice(parts, _PARTS_PER_TRIP))):
+            for part in batch:
+                yield part
+
+
+class EncodedRows(Struct, frozen=True):
+    """One block in the form in which it goes out; as base64 without the quotes, as msgpack with the length before it."""
+
+    block: RowBlock
+    form: RowForm
+    binary: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of what `parts` gives in all."""
+        header, data = self.block
+        return len(_bin_header(len(data))) + len(data) if self.binary else base64_length(header, self.form)
+
+    def parts(self) -> Iterator[bytes]:
+        """Make the parts, one after the other."""
+        if not self.binary:
+            yield from base64_slices(self.block, self.form)
+            return
+        data = memoryview(self.block.data)
+        yield _bin_header(len(data))
+        for lo in range(0, len(data), _SLICE_BYTES):
+            yield bytes(data[lo : lo + _SLICE_BYTES])
+
+
+class BodyWriter:
+    """Makes one body: `rows` gives the fields of each block, in the order in which they will stand in it; `body` the whole.
+
+    `binary` rows are msgpack's; others are base64 in JSON.
+    """
+
+    def __init__(self, *, binary: bool = False) -> None:
+        self._binary = binary
+        # No client can guess the mark, and so put it into a text. Its hexadecimal digits are the same bytes in JSON.
+        self._mark = secrets.token_hex(16)
+        self._blocks: list[EncodedRows] = []
+
+    def rows(self, block: RowBlock, form: RowForm) -> Reply:
+        """Give a reply's `routed_experts` fields, for now with a mark instead of the rows. Raises RowsMismatch."""
+        view(block)  # checks the length of the data, while an error can still be answered
+        form = "auto" if self._binary else form
+        self._blocks.append(EncodedRows(block, form, self._binary))
+        mark = self._mark.encode() if self._binary else self._mark
+        return {"routed_experts": mark, **describe(block.header, form)}
+
+    def body(self, encoded: bytes) -> Body:
+        """Cut what was encoded of the replies, as JSON or as msgpack, where rows belong."""
+        mark = self._mark.encode()
+        texts = encoded.split(_bin_header(len(mark)) + mark if self._binary else mark)
+        assert len(texts) == len(self._blocks) + 1
+        return Body(texts, self._blocks)
+
+
+async def send_body(request: web.Request, body: Body, *, binary: bool) -> web.StreamResponse:
+    """Answer with a body, a large one part by part."""
+    content_type = MSGPACK if binary else "application/json"
+    if body.num_bytes <= _SMALL_BODY_BYTES:
+        return web.Response(body=b"".join(body.parts()), content_type=content_type)
+    response = web.StreamResponse()
+    response.content_type = content_type
+    response.content_length = body.num_bytes
+    await response.prepare(request)
+    async for part in body.written():
+        await response.write(part)
+    await response.write_eof()
+    return response
+
+
+def _bin_header(num_bytes: int) -> bytes:
+    """Write what stands before that many bytes in msgpack."""
+    if num_bytes < 2**8:
+        return b"\xc4" + num_bytes.to_bytes(1, "big")
+    if num_bytes < 2**16:
+        return b"\xc5" + num_bytes.to_bytes(2, "big")
+    return b"\xc6" + num_bytes.to_bytes(4, "big")

@@ -1,0 +1,161 @@
+"""A worker's routes beside /generate: what it is, how it is doing, and aborts and flushes.
+
+Neighbours: `app` (adds these), `engine_client` (the engine), `common.observability` (the metrics' form).
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from aiohttp import web
+
+from common.config import ModelOptions
+from common.errors import RequestError
+from common.ids import new_rid
+from common.messages import (
+    EngineReady,
+    ErrorReport,
+    Failed,
+    Generate,
+    Leg,
+    ReportedError,
+    RequestOptions,
+    SamplingParams,
+)
+from common.observability.metrics import render_stats
+from common.protocol.fields import Fields, decode_object
+from common.protocol.replies import Reply, encode_json
+from common.server.admission import Admission
+from common.server.engine_client import EngineClient
+
+
+class WorkerControl:
+    """Handlers of the control routes. `deadline` bounds a wait for the engine; it raises DeadlineExceeded."""
+
+    def __init__(
+        self,
+        leg: Leg,
+        engine: EngineClient,
+        ready: EngineReady,
+        model: ModelOptions,
+        admission: Admission,
+        deadline: Callable[[], AbstractAsyncContextManager[None]],
+        *,
+        bootstrap_port: int | None,
+    ) -> None:
+        self._leg: Leg = leg
+        self._engine = engine
+        self._ready = ready
+        self._model = model
+        self._admission = admission
+        self._deadline = deadline
+        self._bootstrap_port = bootstrap_port
+
+    def routes(self) -> list[web.RouteDef]:
+        """All routes of this class."""
+        return [
+            web.get("/health", self.health),
+            web.get("/health_generate", self.health_generate),
+            web.get("/server_info", self.server_info),
+            web.get("/get_server_info", self.server_info),
+            web.get("/model_info", self.model_info),
+            web.get("/get_model_info", self.model_info),
+            web.get("/v1/loads", self.loads),
+            web.get("/metrics", self.metrics),
+            web.get("/flush_cache", self.flush_cache),
+            web.post("/flush_cache", self.flush_cache),
+            web.post("/abort_request", self.abort_request),
+        ]
+
+    async def health(self, _: web.Request) -> web.Response:
+        """Say that this process is up."""
+        return web.Response()
+
+    async def health_generate(self, _: web.Request) -> web.Response:
+        """Send one token through this worker's own engine, without the other role."""
+        options = RequestOptions(sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
+        message = Generate(rid=f"health-{new_rid()}", input_ids=[0], options=options)
+        async with self._deadline(), self._engine.generate(message) as updates:
+            async for update in updates:
+                if isinstance(update, Failed):
+                    raise ReportedError(update.error)
+        return web.Response()
+
+    async def server_info(self, _: web.Request) -> web.Response:
+        """Give this worker's limits and its engine's statistics."""
+        ready = self._ready
+        async with self._deadline():
+            stats = await self._engine.stats()
+        return _json(
+            {
+                **self._model_fields(),
+                "disaggregation_mode": self._leg,
+                "disaggregation_bootstrap_port": self._bootstrap_port,
+                "dtype": ready.dtype,
+                "device": ready.device,
+                "enable_return_routed_experts": True,
+                "max_total_num_tokens": ready.kv_pool_tokens,
+                "max_running_requests": ready.max_running_requests,
+                "page_size": ready.page_size,
+                "stats": stats,
+            }
+        )
+
+    async def model_info(self, _: web.Request) -> web.Response:
+        """Say which model this is, without asking the engine."""
+        return _json({**self._model_fields(), "tokenizer_path": self._model.model, "is_generation": True})
+
+    async def loads(self, _: web.Request) -> web.Response:
+        """Say how much there is to do: open answers here, requests and pages in the engine."""
+        async with self._deadline():
+            stats = await self._engine.stats()
+        return _json(
+            {
+                "open_requests": self._admission.num_open,
+                "queued_requests": stats.queued_requests,
+                "running_requests": stats.running_requests,
+                "free_pages": stats.pages.free,
+                "cached_pages": stats.pages.cached,
+                "total_pages": stats.pages.total,
+            }
+        )
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Give the metrics in Prometheus's text format."""
+        async with self._deadline():
+            stats = await self._engine.stats()
+        return web.Response(body=render_stats(stats, self._leg), content_type="text/plain")
+
+    async def flush_cache(self, _: web.Request) -> web.Response:
+        """Forget all cached prefixes; 400 if the engine refuses."""
+        async with self._deadline():
+            refusal = await self._engine.flush_cache()
+        if refusal is not None:
+            raise ReportedError(ErrorReport(status=400, message=refusal, code="busy", leg=self._leg))
+        return _json({"status": "ok"})
+
+    async def abort_request(self, request: web.Request) -> web.Response:
+        """End open requests, by the beginning of their rids or all of them: each answers with what it has."""
+        fields = Fields(decode_object(await request.read()))
+        if fields.boolean("abort_all", False):
+            prefix = ""
+        elif not (prefix := fields.string("rid", "")):
+            raise RequestError("rid", "give the beginning of the rids to abort, or abort_all")
+        return _json({"aborted": self._engine.finish_now(prefix)})
+
+    def _model_fields(self) -> Reply:
+        ready = self._ready
+        return {
+            "model_path": self._model.model,
+            "model_type": ready.model_type,
+            "weight_version": ready.weight_version,
+            "vocab_size": ready.vocab_size,
+            "context_tokens": ready.context_tokens,
+            "num_hidden_layers": ready.num_hidden_layers,
+            "moe_layer_ids": ready.moe_layer_ids,
+            "num_experts": ready.num_experts,
+            "num_experts_per_tok": ready.top_k,
+        }
+
+
+def _json(body: Reply) -> web.Response:
+    return web.Response(body=encode_json(body), content_type="application/json")

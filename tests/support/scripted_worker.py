@@ -1,0 +1,208 @@
+"""A worker's frontend over an engine that is played by the test: no process, no model, a real HTTP server and tokenizer."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import msgspec
+
+from common.config import ModelOptions, ServerOptions
+from common.messages import (
+    EngineReady,
+    EngineToFrontend,
+    Finished,
+    FinishReason,
+    FrontendToEngine,
+    Generate,
+    Leg,
+    PageCounts,
+    RowBlock,
+    Stats,
+    Tokens,
+    TopLogprobs,
+)
+from common.server.app import WorkerApp
+from common.server.engine_client import EngineClient
+from common.server.tokenizer import Tokenizer
+from common.wire import FrontendChannel
+from deploy.demo_model import train_tokenizer
+from tests.support.rows import SPEC, cut, make_rows
+from tests.support.stub_workers import serving
+
+TOKENIZER = Tokenizer(train_tokenizer())
+ROWS = make_rows(SPEC, 30_000)
+READY = EngineReady(
+    model_type="qwen3_moe",
+    dtype="float32",
+    device="cpu",
+    vocab_size=1000,
+    context_tokens=40_000,
+    kv_pool_tokens=40_000,
+    page_size=4,
+    num_hidden_layers=SPEC.num_hidden_layers,
+    moe_layer_ids=SPEC.layer_ids,
+    num_experts=SPEC.num_experts,
+    top_k=SPEC.top_k,
+    max_running_requests=4,
+    weight_version="w1",
+)
+STATS = Stats(
+    serial=0,
+    queued_requests=1,
+    running_requests=2,
+    pages=PageCounts(total=9, free=5, cached=3, running=1, quarantined=0, unaccounted=0),
+    steps=0,
+    tokens_computed=0,
+    tokens_cached=0,
+    rows_committed=0,
+    rows_dropped=0,
+    rows_refused=0,
+    kv_bytes=0,
+    kv_writes=0,
+    rooms=0,
+    dropped_messages=0,
+)
+ROOM = {"bootstrap_host": "h", "bootstrap_port": 1}
+
+
+def logprob(position: int) -> float:
+    """The logprob of the token at an output position."""
+    return -0.25 * (position + 1)
+
+
+def tops(count: int) -> list[TopLogprobs]:
+    """Two likeliest tokens at each output position."""
+    return [[(logprob(position), 5), (-9.0, 6)] for position in range(count)]
+
+
+class ScriptedEngine(FrontendChannel):
+    """The engine's end: the test reads what was sent to it, and says what it answers."""
+
+    def __init__(self) -> None:
+        self._received: asyncio.Queue[FrontendToEngine] = asyncio.Queue()
+        self._answers: asyncio.Queue[tuple[EngineToFrontend, list[memoryview]]] = asyncio.Queue()
+        self.on_message: Callable[[FrontendToEngine], None] = lambda message: None
+
+    def send(self, message: FrontendToEngine) -> None:
+        # What crosses a process crosses an encoding.
+        data = msgspec.msgpack.encode(message)
+        decoded: FrontendToEngine = msgspec.msgpack.decode(data, type=FrontendToEngine)  # type: ignore[arg-type]
+        self._received.put_nowait(decoded)
+        self.on_message(decoded)
+
+    async def receive(self) -> tuple[EngineToFrontend, list[memoryview]]:
+        return await self._answers.get()
+
+    async def next(self) -> FrontendToEngine:
+        """The next message that the frontend has sent."""
+        return await self._received.get()
+
+    async def next_generate(self) -> Generate:
+        """The next message, which must be a request."""
+        message = await self.next()
+        assert isinstance(message, Generate)
+        return message
+
+    def answer(self, message: EngineToFrontend, rows: RowBlock | None = None) -> None:
+        """Send a message to the frontend."""
+        self._answers.put_nowait((message, [] if rows is None else [memoryview(rows.data)]))
+
+    def tokens(self, to: Generate, token_ids: list[int], *, index: int = 0, first: int = 0) -> None:
+        """Report tokens of a sample, those from output position `first` on."""
+        positions = range(first, first + len(token_ids))
+        top = tops(positions.stop)[first:] if to.options.top_logprobs_num else []
+        self.answer(Tokens(to.rid, token_ids, [logprob(p) for p in positions], index, top))
+
+    def finish(
+        self,
+        to: Generate,
+        token_ids: list[int],
+        *,
+        index: int = 0,
+        reason: FinishReason | None = None,
+        start: int | None = None,
+        without_rows: bool = False,
+        **fields: Any,
+    ) -> None:
+        """End a sample, with the rows `[start, P+G-1)`; by default those of a decode leg."""
+        prompt, count = len(to.input_ids), len(token_ids)
+        begin = prompt if start is None else start
+        rows = None
+        if to.options.return_routed_experts and not without_rows:
+            rows = cut(SPEC, ROWS, begin, max(begin, prompt + count - 1))
+        self.answer(
+            Finished(
+                rid=to.rid,
+                index=index,
+                prompt_tokens=prompt,
+                cached_tokens=0,
+                token_ids=token_ids,
+                logprobs=[logprob(position) for position in range(count)],
+                top_logprobs=tops(count) if to.options.top_logprobs_num else [],
+                finish_reason=reason or FinishReason(type="length", length=count),
+                rows=None if rows is None else rows.header,
+                **fields,
+            ),
+            rows,
+        )
+
+
+class Worker:
+    """A frontend that serves, its engine, and a client."""
+
+    def __init__(self, engine: ScriptedEngine, client: aiohttp.ClientSession) -> None:
+        self.engine = engine
+        self.client = client
+
+    async def post(self, path: str = "/generate", *, msgpack: bool = False, **body: Any) -> tuple[int, Any]:
+        """POST: status and decoded body."""
+        headers = {"Accept": "application/msgpack"} if msgpack else {}
+        async with self.client.post(path, json=body, headers=headers) as response:
+            raw = await response.read()
+            return response.status, msgspec.msgpack.decode(raw) if msgpack else json.loads(raw)
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        """GET: status and body, decoded if it is JSON."""
+        async with self.client.get(path) as response:
+            raw = await response.read()
+            return response.status, json.loads(raw) if response.content_type == "application/json" else raw
+
+    async def stream(self, **body: Any) -> list[Any]:
+        """All events of a stream."""
+        async with self.client.post("/generate", json={**body, "stream": True}) as response:
+            assert response.status == 200, await response.text()
+            events = (await response.text()).split("\n\n")
+        assert events.pop() == ""
+        data = [event.removeprefix("data: ") for event in events]
+        return [item if item == "[DONE]" else json.loads(item) for item in data if item]
+
+
+@asynccontextmanager
+async def scripted_worker(
+    leg: Leg = "decode", *, headers: dict[str, str] | None = None, **server: Any
+) -> AsyncIterator[Worker]:
+    """Serve one worker; a test that hangs fails after 20 s."""
+    engine = ScriptedEngine()
+    client = EngineClient(engine)
+    app = WorkerApp(
+        leg,
+        client,
+        READY,
+        TOKENIZER,
+        ModelOptions(model="demo"),
+        ServerOptions(**server),
+        bootstrap_port=None,
+    )
+    running = asyncio.create_task(client.run())
+    try:
+        async with (
+            asyncio.timeout(20),
+            serving(app.application()) as url,
+            aiohttp.ClientSession(url, headers=headers) as session,
+        ):
+            yield Worker(engine, session)
+    finally:
+        running.cancel()
