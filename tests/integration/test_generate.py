@@ -112,7 +112,8 @@ async def test_a_prompt_is_only_scored(client: Client, judge: Judge):
 
 
 async def test_a_scored_prompt_with_every_row_held_already(client: Client):
-    body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 0}, "routed_experts_start_len": len(PROMPT)}
+    body: dict[str, Any] = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 0}}
+    body["routed_experts_start_len"] = len(PROMPT)
     reply = await client.generate(**body, **ROWS)
     assert reply.meta["routed_experts"] == ""
     assert reply.rows.shape[0] == 0

@@ -20,6 +20,7 @@ from tests.support.prompts import random_prompts
 SHAPE = "plain"
 REQUESTS = 500
 AT_ONCE = 64
+SHAPES = ["generate", "list", "n", "stream", "score", "completions", "stream n"]
 
 
 class Load:
@@ -43,7 +44,7 @@ class Load:
         await asyncio.gather(*(one(index) for index in range(REQUESTS)))
 
     async def request(self, index: int) -> None:
-        shape = self.rng.choice(["generate", "generate", "list", "n", "stream", "score", "completions", "stream n"])
+        shape = self.rng.choice(SHAPES)
         fate = self.rng.choices(["let be", "abort", "leave"], [7, 2, 1])[0]
         delay_s = self.rng.random() * 0.4
         work = asyncio.create_task(getattr(self, "send_" + shape.replace(" ", "_"))(f"request-{index:04d}"))
@@ -148,7 +149,9 @@ class Load:
             assert len(reply.output_ids) <= 1
 
 
-async def test_five_hundred_requests(checkpoint_of: Callable[[str], Path], judge_of: Callable[[str], Judge], tmp_path: Path):
+async def test_five_hundred_requests(
+    checkpoint_of: Callable[[str], Path], judge_of: Callable[[str], Judge], tmp_path: Path
+):
     flags = [
         f"--model={checkpoint_of(SHAPE)}",
         "--device=cpu",
@@ -165,7 +168,7 @@ async def test_five_hundred_requests(checkpoint_of: Callable[[str], Path], judge
         await load.run()
         stats = await client.quiet_stats()
     load.tally.assert_clean()
-    assert sum(load.outcomes[s] for s in ("generate", "list", "n", "stream", "score", "completions", "stream n", "left")) == REQUESTS
+    assert sum(load.outcomes[end] for end in (*SHAPES, "left")) == REQUESTS
     assert load.outcomes["left"] > 10
     assert load.outcomes["aborted early"] + load.outcomes["aborted late"] > 10
     assert stats["decode"]["swaps"] > 0

@@ -317,7 +317,8 @@ def test_flags_say_all_of_a_config(role: type[Struct]) -> None:
     there_and_back()
 
 
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")))
+# Python before 3.12 takes "--" for the end of the options even behind an equals sign.
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")).filter(lambda text: text != "--"))
 @example("--page-size")
 @example("-1")
 @example("=")
