@@ -41,8 +41,9 @@ def answer_errors(leg: Leg | None = None) -> Middleware:
                 raise
             code = "not_found" if error.status == 404 else "invalid_request"
             report = ErrorReport(status=error.status, message=error.text or error.reason, code=code, leg=leg)
-        except aiohttp.ClientConnectionResetError:
-            raise  # the client is gone: there is nobody to answer
+        except aiohttp.ClientConnectionResetError as error:
+            # The client is gone: there is nobody to answer, and nothing to report.
+            raise asyncio.CancelledError from error
         except TandemError as error:
             report = ErrorReport.of(error, leg=leg)
             log.warning("request %s failed with %d: %s", report.rid, report.status, report.message)

@@ -1,7 +1,7 @@
 """Sends the samples to `/generate`, so many at a time, and keeps each reply with its latency.
 
-Replies are asked for as msgpack, in which the rows are plain bytes. A request that fails is an outcome like any
-other, with the server's own words; the rest of the run goes on.
+Replies are asked for as msgpack, in which the rows are plain bytes, unless the run is about the default form. A
+request that fails is an outcome like any other, with the server's own words; the rest of the run goes on.
 
 It knows the reply's fields, but nothing of what is right in them: `deploy.replay.check` judges that.
 """
@@ -9,7 +9,7 @@ It knows the reply's fields, but nothing of what is right in them: `deploy.repla
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -18,6 +18,9 @@ from msgspec import Struct
 from deploy.replay.workload import Sample
 
 MSGPACK = "application/msgpack"
+
+ReplyForm = Literal["msgpack", "int32"]
+"""msgpack with compact rows, or JSON with int32 rows as base64, which is what a client gets that asks for nothing."""
 
 
 class FinishReason(Struct, frozen=True):
@@ -66,6 +69,7 @@ class RequestSettings(Struct, frozen=True, kw_only=True):
     temperature: float
     rows: bool
     deadline_s: float
+    form: ReplyForm = "msgpack"
 
 
 class Run(Struct, frozen=True):
@@ -114,9 +118,10 @@ async def _send(session: aiohttp.ClientSession, sample: Sample, settings: Reques
     reply: Reply | None = None
     failure: str | None = None
     began = time.perf_counter()
+    accept = MSGPACK if settings.form == "msgpack" else "application/json"
     try:
         async with session.post(
-            f"{settings.url}/generate", json=_body(sample, settings), headers={"Accept": MSGPACK}
+            f"{settings.url}/generate", json=_body(sample, settings), headers={"Accept": accept}
         ) as response:
             content = await response.read()
             status, content_type = response.status, response.content_type
@@ -159,7 +164,10 @@ def _body(sample: Sample, settings: RequestSettings) -> dict[str, Any]:
     body: dict[str, Any] = {"sampling_params": sampling}
     body |= {"text": sample.text} if sample.input_ids is None else {"input_ids": sample.input_ids}
     if settings.rows:
-        body |= {"return_routed_experts": True, "routed_experts_dtype": "auto"}
+        body |= {
+            "return_routed_experts": True,
+            "routed_experts_dtype": "auto" if settings.form == "msgpack" else "int32",
+        }
     return body
 
 

@@ -49,14 +49,16 @@ class ReferenceServer:
         return web.json_response({"role": "router", "workers": [{"info": {"model": {"num_experts": 16}}}]})
 
     async def generate(self, request: web.Request) -> web.Response:
-        """One sample's reply as msgpack."""
-        body = await request.json()
-        assert request.headers["Accept"] == "application/msgpack"
+        """One sample's reply as msgpack, or, if the client asks for it, as JSON with base64 of the same bytes."""
+        body, accept = await request.json(), request.headers["Accept"]
+        encode = {"application/msgpack": msgspec.msgpack.encode, "application/json": msgspec.json.encode}[accept]
+        form = "auto" if accept == "application/msgpack" else "int32"
+        assert body.get("routed_experts_dtype", form) == form
         if self.refuse_with != 200:
             return web.json_response({"error": {"message": "no such luck"}}, status=self.refuse_with)
         async with self._lock:
             reply = await asyncio.to_thread(self._reply, body)
-        return web.Response(body=msgspec.msgpack.encode(reply), content_type="application/msgpack")
+        return web.Response(body=encode(reply), content_type=accept)
 
     def _reply(self, body: dict[str, Any]) -> Reply:
         prompt = body["input_ids"] if "input_ids" in body else self._tokenizer(body["text"]).input_ids
@@ -68,7 +70,6 @@ class ReferenceServer:
         }
         reply: Reply = {"text": self._tokenizer.decode(output), "output_ids": output, "meta_info": meta}
         if body.get("return_routed_experts"):
-            assert body["routed_experts_dtype"] == "auto"
             rows = self._reference.trace([*prompt, *output]).expert_ids[:-1]
             if self.num_replies == self.spoil_at:
                 rows = self.spoil(reply, rows.copy())
