@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.nn.attention.bias import causal_lower_right
 
 from common.kernels.attention import AttentionPlan
 
@@ -78,19 +79,19 @@ def _gather(cache: torch.Tensor, pages: torch.Tensor, context_tokens: int) -> to
 def _attend_one(q_QHd: torch.Tensor, k_hCd: torch.Tensor, v_hCd: torch.Tensor) -> torch.Tensor:
     """Attention of a request's last Q positions over its C keys; returns `[Q, H, d]`."""
     num_queries, context_tokens = q_QHd.shape[0], k_hCd.shape[1]
-    mask_QC = None
-    if 1 < num_queries < context_tokens:
-        # torch's own causal mask is aligned to the top left; the queries of a later chunk are the last rows.
-        ones_QC = torch.ones(num_queries, context_tokens, dtype=torch.bool, device=q_QHd.device)
-        mask_QC = ones_QC.tril(context_tokens - num_queries)
-    out_1HQd = F.scaled_dot_product_attention(
-        q_QHd.transpose(0, 1).unsqueeze(0),
-        k_hCd.unsqueeze(0),
-        v_hCd.unsqueeze(0),
-        attn_mask=mask_QC,
-        is_causal=1 < num_queries == context_tokens,
-        enable_gqa=True,
-    )
+    q_1HQd = q_QHd.transpose(0, 1).unsqueeze(0)
+    if num_queries == 1:
+        out_1HQd = F.scaled_dot_product_attention(q_1HQd, k_hCd.unsqueeze(0), v_hCd.unsqueeze(0), enable_gqa=True)
+    else:
+        # With heads repeated, torch has kernels on a GPU that never hold the scores of all queries at once.
+        group = q_QHd.shape[1] // k_hCd.shape[0]
+        out_1HQd = F.scaled_dot_product_attention(
+            q_1HQd,
+            k_hCd.repeat_interleave(group, dim=0).unsqueeze(0),
+            v_hCd.repeat_interleave(group, dim=0).unsqueeze(0),
+            # torch's own causal mask is aligned to the top left; the queries of a later chunk are the last rows.
+            attn_mask=causal_lower_right(num_queries, context_tokens),
+        )
     return out_1HQd.squeeze(0).transpose(0, 1)
 
 
