@@ -13,12 +13,15 @@ import pytest
 
 from deploy.replay.workload import load_tokenizer
 from deploy.stack import Stack, running_stack
-from tests.support.documents import REPOSITORY, fenced_blocks
+from tests.support.documents import REPOSITORY, block_with, fenced_blocks
 from tests.support.judge import Judge, Tally
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 PYTHON = fenced_blocks(README, "python")
 CURL = [block for block in fenced_blocks(README, "bash") if block.startswith("curl ")]
+
+# What each Python example alone has in it.
+JSON, MSGPACK, OPENAI = "json.load(", "application/msgpack", "OpenAI("
 
 README_URL = "http://127.0.0.1:8000"
 SHAPE = "mixed"
@@ -55,8 +58,9 @@ def run_curl(stack: Stack, block: str) -> dict[str, Any]:
 
 
 def test_the_examples_are_found():
-    assert len(PYTHON) == 2
     assert len(CURL) == 1
+    assert {block_with(PYTHON, mark) for mark in (JSON, MSGPACK, OPENAI)} == set(PYTHON)
+    assert block_with(PYTHON, MSGPACK).count("\n") <= 10
 
 
 def test_every_example_gives_the_rows_of_the_reference(
@@ -66,7 +70,9 @@ def test_every_example_gives_the_rows_of_the_reference(
     reply = run_curl(stack, CURL[0])
     meta, output_ids = reply["meta_info"], reply["output_ids"]
     from_curl = np.frombuffer(base64.b64decode(meta["routed_experts"]), "<i4").reshape(meta["routed_experts_shape"])
-    from_json, from_msgpack = (run_python(stack, block) for block in PYTHON)
+    from_json, from_msgpack, from_openai = (
+        run_python(stack, block_with(PYTHON, mark)) for mark in (JSON, MSGPACK, OPENAI)
+    )
 
     assert from_curl.shape[:2] == (meta["prompt_tokens"] + len(output_ids) - 1, NUM_LAYERS)
     assert np.array_equal(from_json["rows"], from_curl)
@@ -74,6 +80,8 @@ def test_every_example_gives_the_rows_of_the_reference(
     rows = from_msgpack["rows"].numpy()
     assert np.array_equal(rows, from_curl[:, MOE_LAYERS])
     assert from_msgpack["meta"]["routed_experts_layer_ids"] == MOE_LAYERS
+    assert np.array_equal(from_openai["rows"], from_curl)
+    assert from_openai["reply"].choices[0].text == reply["text"]
 
     prompt = load_tokenizer(str(checkpoint_of(SHAPE)))(from_json["body"]["text"]).input_ids
     tally = Tally()
@@ -81,9 +89,16 @@ def test_every_example_gives_the_rows_of_the_reference(
     tally.assert_clean()
 
 
-def test_an_example_that_is_wrong_fails(stack: Stack):
-    """The check can fail: the Python example's own assertion sees a reply that is one token off."""
-    wrong = PYTHON[0].replace('meta["completion_tokens"] - 1', 'meta["completion_tokens"]')
-    assert wrong != PYTHON[0]
+@pytest.mark.parametrize(
+    ("mark", "right", "wrong"),
+    [
+        (JSON, 'meta["completion_tokens"] - 1', 'meta["completion_tokens"]'),
+        (OPENAI, "total_tokens - 1", "total_tokens"),
+    ],
+)
+def test_an_example_that_is_wrong_fails(stack: Stack, mark: str, right: str, wrong: str):
+    """The check can fail: an example's own assertion sees a reply that is one token off."""
+    block = block_with(PYTHON, mark)
+    assert right in block
     with pytest.raises(AssertionError):
-        run_python(stack, wrong)
+        run_python(stack, block.replace(right, wrong))

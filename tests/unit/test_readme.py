@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.documents import REPOSITORY, fenced_blocks
+from tests.support.documents import REPOSITORY, block_with, fenced_blocks
 
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "common/routed_experts/README.md"]
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "DECISIONS.md", "common/routed_experts/README.md"]
 
 LINK = re.compile(r"\]\(([^)#]+)(?:#[^)]*)?\)")
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
@@ -76,3 +76,10 @@ def test_blocks_are_found_by_their_language():
     text = "```python\na = 1\n```\n\n    text\n```bash\ncurl x\n```\n```\nplain\n```\n"
     assert fenced_blocks(text, "python") == ["a = 1\n"]
     assert fenced_blocks(text, "bash") == ["curl x\n"]
+
+
+def test_a_block_is_found_by_what_it_alone_has():
+    assert block_with(["a = 1\n", "b = 1\n"], "b") == "b = 1\n"
+    for mark in ("c", "= 1"):
+        with pytest.raises(AssertionError):
+            block_with(["a = 1\n", "b = 1\n"], mark)
