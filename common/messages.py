@@ -417,6 +417,8 @@ class KvDone(Struct, frozen=True, tag=True, kw_only=True):
     room: int
     generation: int
     num_writes: int
+    write_seconds: float
+    """How long writes were in progress, added up."""
     first_token: FirstToken
 
 

@@ -154,8 +154,13 @@ class DecodeWorker:
         if request in self._leaders or request not in self._arrived:
             return
         event = self._arrived.pop(request)
-        request.timings["pd_transfer_duration"] = event.seconds
-        request.timings["pd_transfer_total_mb"] = event.num_bytes / 1e6
+        request.timings |= {
+            "pd_decode_wait_duration": event.wait_seconds,
+            "pd_transfer_duration": event.write_seconds,
+            "pd_transfer_total_mb": event.num_bytes / 1e6,
+        }
+        if event.write_seconds > 0:
+            request.timings["pd_transfer_speed_gb_s"] = event.num_bytes / 1e9 / event.write_seconds
         self._scheduler.start(request, computed_tokens=request.num_prompt_tokens)
         first = event.first_token
         self._take_token(request, Sampled(first.token_id, first.logprob, first.top_logprobs))
@@ -303,12 +308,12 @@ class DecodeWorker:
                 request.advance(RequestState.SURPLUS)
             return
         self._seats.give_back_row(request)
-        room = request.rooms[request.index] if request.rooms else None
-        if self._rooms.get(room or 0) is request and request.state is not RequestState.QUEUED:
-            if request.state is not RequestState.QUARANTINED:
-                request.advance(RequestState.QUARANTINED)
-            return
-        self._rooms.pop(room or 0, None)
+        for room in request.rooms[request.index : request.index + 1]:
+            if self._rooms.get(room) is request and request.state is not RequestState.QUEUED:
+                if request.state is not RequestState.QUARANTINED:
+                    request.advance(RequestState.QUARANTINED)
+                return
+            self._rooms.pop(room, None)
         self._seats.give_back_pages(request)
         request.advance(RequestState.ENDED)
 

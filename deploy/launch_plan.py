@@ -43,6 +43,8 @@ class LaunchPlan(Struct, frozen=True, kw_only=True):
     host: str
     port: int
     url: str
+    api_key: str
+    """What the router asks its clients for; empty if nothing."""
     startup_deadline_s: float
     notes: list[str]
 
@@ -85,9 +87,14 @@ def plan_launch(
         else:
             to_router += ["--decode", url]
         commands.append(_command(name, role, roles[role], flags + passed[role], url, placements[index]))
-    url = f"http://{WORKER_HOST if launch.host == '0.0.0.0' else launch.host}:{launch.port}"
-    commands.append(_command("router", "router", roles["router"], to_router + passed["router"], url, _ANYWHERE))
+    worker_key = _value_of(_parsed(commands[0].name, roles["prefill"], commands[0].arguments), "api_key")
+    if worker_key:
+        to_router.append(f"--worker-api-key={worker_key}")
+    url = f"http://{_as_url_host(WORKER_HOST if launch.host in ('0.0.0.0', '::') else launch.host)}:{launch.port}"
+    router = _command("router", "router", roles["router"], to_router + passed["router"], url, _ANYWHERE)
+    commands.append(router)
     return LaunchPlan(
+        api_key=str(_value_of(_parsed("router", roles["router"], router.arguments), "api_key") or ""),
         commands=commands,
         host=launch.host,
         port=launch.port,
@@ -104,6 +111,11 @@ def _value_of(config: Struct, name: str) -> object:
         if name in values:
             return values[name]
     return None
+
+
+def _as_url_host(host: str) -> str:
+    """Write a host as URLs have it: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _check_model(model: str) -> None:

@@ -21,6 +21,7 @@ import aiohttp
 
 from common.errors import TandemError
 from common.process import ensure_port_free, free_port, spawn_async, stop_process_async
+from common.server.http import bearer
 from deploy.launch_options import RoleName, Roles
 from deploy.launch_plan import Command, LaunchPlan, plan_launch
 from deploy.roles import tandem_roles
@@ -146,7 +147,10 @@ class Stack:
     async def _become_ready(self) -> None:
         timeout = aiohttp.ClientTimeout(total=min(PROBE_DEADLINE_S, self.plan.startup_deadline_s))
         try:
-            async with asyncio.timeout(self.plan.startup_deadline_s), aiohttp.ClientSession(timeout=timeout) as session:
+            async with (
+                asyncio.timeout(self.plan.startup_deadline_s),
+                aiohttp.ClientSession(timeout=timeout, headers=bearer(self.plan.api_key)) as session,
+            ):
                 for command in self.plan.commands:
                     await self._answer_of(session, f"{command.name}'s /health", f"{command.url}/health")
                 await self._answer_of(session, "the router's /health_generate", f"{self.url}/health_generate")

@@ -4,6 +4,7 @@ A prompt holds the pages of all its tokens from the moment it is admitted, share
 admitted only when the step has budget left for it, so that it finds what earlier prompts have just put into the cache.
 """
 
+import time
 from collections import deque
 
 from common.engine.seats import Seats
@@ -89,5 +90,6 @@ class PrefillScheduler:
             return False
         self._seats.take(request, shared + fresh)
         request.cached_tokens = request.planned_tokens = request.computed_tokens = len(shared) * self._page_size
+        request.started_at = time.perf_counter()
         request.advance(RequestState.RUNNING)
         return True

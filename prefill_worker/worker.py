@@ -5,6 +5,7 @@ has ended. Runs in the engine's thread. Neighbours: `prefill_worker.scheduler` (
 way to the decode worker), `common.engine.loop` (which calls `plan` and `on_settled`).
 """
 
+import time
 from collections.abc import Callable
 from typing import assert_never
 
@@ -179,6 +180,7 @@ class PrefillWorker:
         if self._cache is not None:
             self._cache.insert(request.prompt, request.pages)
         self._num_tokens_cached += request.cached_tokens
+        request.timings["pd_prefill_forward_duration"] = time.perf_counter() - request.started_at
         for room, (token_id, logprob, top_logprobs) in zip(request.rooms, sampled, strict=False):
             first_token = FirstToken(token_id=token_id, logprob=logprob, top_logprobs=top_logprobs)
             self._mailbox.submit(FinishRoom(room, first_token))
@@ -203,6 +205,7 @@ class PrefillWorker:
                 prompt_logprobs=_prompt_logprobs(request),
                 finish_reason=FinishReason(type="length", length=min(1, len(sampled))),
                 rows=None if rows is None else rows.header,
+                timings=request.timings,
             )
             self._reply(finished, *(() if rows is None else (rows.data,)))
             self._leave(request)

@@ -15,6 +15,7 @@ from common.errors import DeadlineExceeded, LegFailed
 from common.messages import ErrorReport, ReportedError
 from common.protocol.legs import LegReply, decode_error, decode_last_event, decode_samples
 from common.protocol.replies import MSGPACK, Reply
+from common.server.http import bearer
 from router.membership import Worker
 
 _DONE = b"[DONE]"
@@ -31,7 +32,7 @@ def make_session(*, connect_deadline_s: float, worker_api_key: str = "") -> aioh
     The caller closes it. How long a whole request may take is `pair`'s to say.
     """
     return aiohttp.ClientSession(
-        headers={"Authorization": f"Bearer {worker_api_key}"} if worker_api_key else None,
+        headers=bearer(worker_api_key),
         connector=aiohttp.TCPConnector(limit=0, limit_per_host=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_deadline_s),
         read_bufsize=2**20,

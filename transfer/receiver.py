@@ -67,7 +67,10 @@ class KvArrived(Struct, frozen=True, kw_only=True):
 
     room: int
     first_token: FirstToken
-    seconds: float
+    wait_seconds: float
+    """From asking until all was here, the prefill's own time included."""
+    write_seconds: float
+    """How long writes were in progress."""
     num_bytes: int
 
 
@@ -276,7 +279,8 @@ class Receiver:
         arrived = KvArrived(
             room=room_id,
             first_token=room.done.first_token,
-            seconds=self._now - room.asked_at,
+            wait_seconds=self._now - room.asked_at,
+            write_seconds=room.done.write_seconds,
             num_bytes=num_bytes,
         )
         self.mailbox.emit(arrived)

@@ -11,7 +11,9 @@ It knows no engine and no NIXL: commands and events on one side, `TransferAgent`
 
 import logging
 import math
+import time
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import assert_never
 
 from msgspec import Struct
@@ -103,7 +105,9 @@ class _Room:
     # How far it is.
     num_posted_pages: int = 0
     num_writes: int = 0
-    in_progress: list[Write] = field(default_factory=list)
+    in_progress: list[tuple[Write, float]] = field(default_factory=list)
+    """Posted writes, and when each was posted."""
+    write_seconds: float = 0.0
     # Why it drains.
     error: str | None = None
 
@@ -159,8 +163,8 @@ class Sender:
             self._progress(room_id, room)
             if now >= room.deadline:
                 self._on_deadline(room_id, room)
-        while self._tombstones and (eldest := next(iter(self._tombstones))) and self._tombstones[eldest] <= now:
-            del self._tombstones[eldest]
+        for room_id in list(takewhile(lambda room_id: self._tombstones[room_id] <= now, self._tombstones)):
+            del self._tombstones[room_id]
 
     def wait(self) -> None:
         """Sleep until there may be something to do."""
@@ -298,12 +302,14 @@ class Sender:
     def _progress(self, room_id: int, room: _Room) -> None:
         """Look at posted writes, post what has become ready, close the room when all is done."""
         failed = False
-        still: list[Write] = []
-        for write in room.in_progress:
+        still: list[tuple[Write, float]] = []
+        for write, posted_at in room.in_progress:
             state = self._agent.poll(write)
             failed |= state is WriteState.FAILED
             if state is WriteState.IN_PROGRESS:
-                still.append(write)
+                still.append((write, posted_at))
+            else:
+                room.write_seconds += time.perf_counter() - posted_at
         room.in_progress = still
         if failed:
             self._drain(room_id, room, "a KV write failed: the decode worker is gone or refused it")
@@ -320,6 +326,7 @@ class Sender:
         begin, end = max(first, room.num_posted_pages), len(room.ready_pages)
         if begin >= end:
             return
+        posted_at = time.perf_counter()
         tag = WriteTag(room_id, room.request.generation, room.num_writes).encode()
         try:
             write = self._agent.write(
@@ -330,7 +337,7 @@ class Sender:
             return
         room.num_posted_pages = end
         room.num_writes += 1
-        room.in_progress.append(write)
+        room.in_progress.append((write, posted_at))
         self.num_writes += 1
         self.num_bytes += write.num_bytes
 
@@ -355,7 +362,11 @@ class Sender:
                 total = room.request.first_page + len(room.request.pages)
                 assert max(room.num_posted_pages, room.request.first_page) == total, "a page was not reported"
                 done = KvDone(
-                    room=room_id, generation=generation, num_writes=room.num_writes, first_token=room.first_token
+                    room=room_id,
+                    generation=generation,
+                    num_writes=room.num_writes,
+                    write_seconds=room.write_seconds,
+                    first_token=room.first_token,
                 )
                 self._link.send(room.peer, done)
             else:

@@ -13,6 +13,8 @@ from common.memory.layout import KvLayout
 from common.routed_experts.spec import RowSpec
 
 DEFAULT_CPU_POOL_TOKENS = 32768
+TOKEN_COUNT_BYTES = 5
+"""For each row and token: a count in int32, and whether the prompt has it."""
 
 
 class CapacityPlan(Struct, frozen=True, kw_only=True):
@@ -27,6 +29,8 @@ class CapacityPlan(Struct, frozen=True, kw_only=True):
     max_step_tokens: int
     kv_pool_bytes: int
     capture_buffer_bytes: int
+    token_counts_bytes: int
+    """Taken when the first request asks for penalties."""
     host_cache_bytes: int
 
     @property
@@ -40,21 +44,23 @@ def plan_capacity(
     layout: KvLayout,
     rows: RowSpec,
     *,
+    vocab_size: int,
     context_tokens: int,
     chunked_prefill_tokens: int,
     budget_bytes: int | None,
 ) -> CapacityPlan:
-    """Derive all sizes. `chunked_prefill_tokens` is 0 for a worker that never prefills; `budget_bytes` is for pool and capture
-    buffer together, None for the default.
+    """Derive all sizes. `chunked_prefill_tokens` is 0 for a worker that never prefills; `budget_bytes` is for the pool and the
+    buffers together, None for the default.
 
     Raises UsageError if not even one page fits.
     """
     max_step_tokens = max(chunked_prefill_tokens, options.max_running_requests)
     capture_buffer_bytes = max_step_tokens * rows.row_bytes
+    token_counts_bytes = options.max_running_requests * vocab_size * TOKEN_COUNT_BYTES
     if options.kv_pool_tokens or budget_bytes is None:
         num_pages = (options.kv_pool_tokens or DEFAULT_CPU_POOL_TOKENS) // options.page_size
     else:
-        num_pages = max(0, budget_bytes - capture_buffer_bytes) // layout.page_bytes
+        num_pages = max(0, budget_bytes - capture_buffer_bytes - token_counts_bytes) // layout.page_bytes
     if num_pages < 1:
         raise UsageError("--kv-pool-tokens: the KV pool would not hold a single page")
     return CapacityPlan(
@@ -66,5 +72,6 @@ def plan_capacity(
         max_step_tokens=max_step_tokens,
         kv_pool_bytes=num_pages * layout.page_bytes,
         capture_buffer_bytes=capture_buffer_bytes,
+        token_counts_bytes=token_counts_bytes,
         host_cache_bytes=num_pages * options.page_size * rows.row_bytes,
     )

@@ -159,6 +159,7 @@ def build_engine(
         options,
         layout,
         rows,
+        vocab_size=config.vocab_size,
         context_tokens=model_options.context_tokens or config.max_position_embeddings,
         chunked_prefill_tokens=chunked_prefill_tokens,
         budget_bytes=device.pool_budget_bytes(options.memory_fraction),

@@ -108,6 +108,8 @@ class TokenCounts:
         for request in requests:
             if self._owners[request.row] is request:
                 continue
+            # Whoever comes back to a row after a time in another one must not find the counts of its first time here.
+            self._owners = [None if owner is request else owner for owner in self._owners]
             self._owners[request.row] = request
             vocab_size = self._shape[1]
             generated = np.bincount(as_int64(request.output_ids), minlength=vocab_size).astype(np.int32)

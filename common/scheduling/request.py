@@ -84,6 +84,8 @@ class Request:
     computed_tokens: int = 0
     """Positions `[0, computed_tokens)` are computed and settled."""
     steps_in_flight: int = 0
+    started_at: float = 0.0
+    """`time.perf_counter()` when it was first planned."""
     output_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)

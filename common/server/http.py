@@ -84,6 +84,11 @@ def error_response(report: ErrorReport) -> web.Response:
     return web.Response(status=report.status, body=error_body(report), headers=headers, content_type="application/json")
 
 
+def bearer(api_key: str) -> dict[str, str]:
+    """The header with which a client shows its key; none for no key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 async def together(coroutines: Sequence[Coroutine[None, None, Result]]) -> list[Result]:
     """Run all of them and return their results in order; raises the first failure once the others are cancelled."""
     try:

@@ -18,7 +18,9 @@ class BenchOptions(Struct, frozen=True, kw_only=True):
 
     only: Annotated[str, option("run these benchmarks alone", metavar="NAME[,NAME]")] = ""
     rounds: Annotated[int, option("rounds of each kind, after one of each to warm up", unit="rounds", ge=1)] = 5
-    scale: Annotated[float, option("shrinks sizes and durations; at less than 1 the figures mean little", gt=0, le=1)] = 1.0
+    scale: Annotated[
+        float, option("shrinks sizes and durations; at less than 1 the figures mean little", gt=0, le=1)
+    ] = 1.0
     json: Annotated[str, option("write the result there too", metavar="FILE")] = ""
     model: Annotated[str, option("rows_on_off: checkpoint; default: the demo model", metavar="PATH_OR_ID")] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], option("rows_on_off: where the model runs")] = "cpu"

@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
+from common.server.http import bearer
 from deploy.replay.workload import Sample
 
 MSGPACK = "application/msgpack"
@@ -70,6 +71,7 @@ class RequestSettings(Struct, frozen=True, kw_only=True):
     rows: bool
     deadline_s: float
     form: ReplyForm = "msgpack"
+    api_key: str = ""
 
 
 class Run(Struct, frozen=True):
@@ -93,7 +95,9 @@ async def send_all(samples: Sequence[Sample], settings: RequestSettings, on_done
     timeout = aiohttp.ClientTimeout(total=settings.deadline_s)
     began = time.perf_counter()
     async with (
-        aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
+        aiohttp.ClientSession(
+            timeout=timeout, connector=aiohttp.TCPConnector(limit=0), headers=bearer(settings.api_key)
+        ) as session,
         asyncio.TaskGroup() as group,
     ):
         for _ in range(min(settings.concurrency, len(samples))):
@@ -101,11 +105,11 @@ async def send_all(samples: Sequence[Sample], settings: RequestSettings, on_done
     return Run([outcomes[index] for index in range(len(samples))], time.perf_counter() - began)
 
 
-async def fetch_num_experts(url: str) -> int | None:
+async def fetch_num_experts(url: str, api_key: str = "") -> int | None:
     """Ask the server how many experts its model has; None if it does not say."""
     try:
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as session,
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30), headers=bearer(api_key)) as session,
             session.get(f"{url}/server_info") as response,
         ):
             info = await response.json() if response.status == 200 else None

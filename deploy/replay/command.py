@@ -39,6 +39,7 @@ class ReplayOptions(Struct, frozen=True, kw_only=True):
     tokenizer: Annotated[str, option("for messages; default: the reference's", metavar="CHECKPOINT")] = ""
     report: Annotated[str, option("write the report there too", metavar="FILE.json")] = ""
     request_deadline_s: Annotated[float, option("longest time that a request may take", unit="s", gt=0)] = 600.0
+    api_key: Annotated[str, option("the key that the server asks for", metavar="KEY")] = ""
 
 
 class ReplayConfig(Struct, frozen=True):
@@ -84,6 +85,7 @@ def replay(options: ReplayOptions) -> Summary:
         temperature=options.temperature,
         rows=options.rows,
         deadline_s=options.request_deadline_s,
+        api_key=options.api_key,
     )
     terminal = Console(stderr=True)
     with Progress(console=terminal, disable=not terminal.is_terminal) as progress:
@@ -92,7 +94,7 @@ def replay(options: ReplayOptions) -> Summary:
         judge = Judge(
             rows=options.rows,
             greedy=options.temperature == 0,
-            num_experts=asyncio.run(fetch_num_experts(url)) if options.rows else None,
+            num_experts=asyncio.run(fetch_num_experts(url, options.api_key)) if options.rows else None,
             tokenizer=tokenizer,
             reference=reference,
         )

@@ -55,6 +55,13 @@ async def test_json_int32_covers_all_hidden_layers(client: Client, judge: Judge)
     assert reply.meta["prompt_tokens"] == len(PROMPT)
     assert reply.meta["completion_tokens"] == len(reply.output_ids) == 6
     assert reply.meta["finish_reason"] == {"type": "length", "length": 6}
+    for timing in (
+        "pd_prefill_forward_duration",
+        "pd_transfer_duration",
+        "pd_transfer_total_mb",
+        "pd_transfer_speed_gb_s",
+    ):
+        assert reply.meta[timing] > 0
 
 
 @pytest.mark.parametrize("start", [0, len(PROMPT) // 2, len(PROMPT)])

@@ -9,8 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.capacity import CapacityPlan, plan_capacity
+from common.engine.capacity import TOKEN_COUNT_BYTES, CapacityPlan, plan_capacity
+from common.engine.device import CpuDevice
 from common.engine.engine import build_engine
+from common.engine.penalties import TokenCounts
 from common.errors import UsageError
 from common.memory.kv_pool import KvPool
 from common.memory.layout import KvLayout, slots_of
@@ -53,6 +55,9 @@ def layout_of(options: EngineOptions, num_layers: int = 2) -> KvLayout:
 SMALL_ROWS = RowSpec(num_experts=8, top_k=2, layer_ids=(0, 1), num_hidden_layers=2)
 
 
+VOCAB_SIZE = 500
+
+
 def plan_of(
     options: EngineOptions,
     rows: RowSpec = SMALL_ROWS,
@@ -65,6 +70,7 @@ def plan_of(
         options,
         layout_of(options),
         rows,
+        vocab_size=VOCAB_SIZE,
         context_tokens=context_tokens,
         chunked_prefill_tokens=chunk_tokens,
         budget_bytes=budget_bytes,
@@ -85,19 +91,23 @@ def test_the_byte_counts_are_those_of_the_real_buffers(options: EngineOptions, r
     cache = HostCache(rows, PageAllocator(capacity.num_pages).generations, options.page_size)
     assert cache._rows.nbytes == capacity.host_cache_bytes
     assert len(cache._rows) == capacity.kv_pool_tokens <= options.kv_pool_tokens
+    counts = TokenCounts(capacity.max_running_requests, VOCAB_SIZE, CpuDevice())
+    counts._own([])
+    assert counts._generated_RV is not None
+    assert counts._in_prompt_RV is not None
+    assert counts._generated_RV.nbytes + counts._in_prompt_RV.nbytes == capacity.token_counts_bytes
 
 
-@given(OPTIONS.map(lambda options: EngineOptions(page_size=options.page_size)), SPECS, st.integers(0, 10**6))
-def test_pool_and_capture_buffer_fill_the_budget_and_keep_within_it(
-    options: EngineOptions, rows: RowSpec, budget_bytes: int
-):
+@given(OPTIONS.map(lambda options: EngineOptions(page_size=options.page_size)), SPECS, st.integers(0, 3 * 10**6))
+def test_pool_and_buffers_fill_the_budget_and_keep_within_it(options: EngineOptions, rows: RowSpec, budget_bytes: int):
     page_bytes = layout_of(options).page_bytes
     try:
         capacity = plan_of(options, rows, budget_bytes=budget_bytes)
     except UsageError:
-        assert max(options.max_running_requests, 0) * rows.row_bytes + page_bytes > budget_bytes
+        per_row = rows.row_bytes + VOCAB_SIZE * TOKEN_COUNT_BYTES
+        assert options.max_running_requests * per_row + page_bytes > budget_bytes
         return
-    used = capacity.kv_pool_bytes + capacity.capture_buffer_bytes
+    used = capacity.kv_pool_bytes + capacity.capture_buffer_bytes + capacity.token_counts_bytes
     assert used <= budget_bytes < used + page_bytes
 
 

@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from common.engine.device import CpuDevice
 from common.engine.engine import EngineParts
 from common.engine.fake import RacingDevice, RacingEngine
-from common.messages import FinishNow, FlushCache, SamplingParams, StopAt
+from common.engine.penalties import TokenCounts
+from common.messages import Bootstrap, FinishNow, FlushCache, Generate, SamplingParams, StopAt
+from common.scheduling.request import Request
+from common.scheduling.step_plan import StepEntry
 from tests.support.in_process_pair import Answer, InProcessPair, options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
@@ -308,3 +313,22 @@ def test_flush_waits_for_transfers_and_refuses_while_requests_run(checkpoint: Pa
     [after] = pair.run([(prompt, options_of(3))])
     assert after.cached_tokens == 0
     judged(judge, [cold, warm, after])
+
+
+def test_penalty_counts_survive_a_change_of_rows_and_back():
+    """A request that comes back to a row after a time in another one is counted from all its tokens, not its first time's."""
+    message = Generate(
+        rid="r", input_ids=[1, 2], options=options_of(9, frequency_penalty=1.0), bootstrap=Bootstrap("h", 1, (1,))
+    )
+    request = Request.of(message)
+    counts = TokenCounts(2, 8, CpuDevice())
+    flat = torch.zeros(1, 8)
+    for row, token in ((0, 3), (1, 4), (0, 5)):
+        request.row = row
+        entry = StepEntry(request, request.num_known_tokens - 1, request.num_known_tokens, 1)
+        changes = counts.changes_of([entry], [])
+        assert changes is not None
+        expected = [-float(request.output_ids.count(token_id)) for token_id in range(8)]
+        assert counts.apply(flat, changes)[0].tolist() == expected
+        counts.count(changes, torch.tensor([token]))
+        request.output_ids.append(token)

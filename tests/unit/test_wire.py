@@ -125,7 +125,7 @@ TO_PREFILL: list[DecodeToPrefill] = [
 ]
 TO_DECODE: list[PrefillToDecode] = [
     HelloReply(peer="prefill-1", refusal="layouts differ"),
-    KvDone(room=1, generation=2, num_writes=3, first_token=FirstToken(token_id=4, logprob=-0.125)),
+    KvDone(room=1, generation=2, num_writes=3, write_seconds=0.5, first_token=FirstToken(token_id=4, logprob=-0.125)),
     KvClosed(room=1, generation=2, error="gone", stage="transfer"),
 ]
 
