@@ -27,7 +27,7 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
     connect_deadline_s: Annotated[float, option("longest time to connect to a worker", unit="s", gt=0)] = 5.0
     control_deadline_s: Annotated[
         float, option("longest time that a worker may take to flush its cache or abort", unit="s", gt=0)
-    ] = 90.0
+    ] = 30.0
     worker_api_key: Annotated[str, option("the key that the workers ask for; empty: none")] = ""
     health_deadline_s: Annotated[float, option("longest time that a health check may take", unit="s", gt=0)] = 30.0
 

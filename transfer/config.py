@@ -13,9 +13,11 @@ class TransferOptions(Struct, frozen=True, kw_only=True):
     lease_s: Annotated[
         float,
         option(
-            "how long a prefilled prompt waits for its decode worker, and an asked room for its prompt", unit="s", gt=0
+            "how long a prefilled prompt waits for a seat on its decode worker, and an asked room for its prompt",
+            unit="s",
+            gt=0,
         ),
-    ] = 60.0
+    ] = 600.0
     transfer_deadline_s: Annotated[
         float, option("longest time from a decode worker's asking until the KV is there", unit="s", gt=0)
     ] = 300.0

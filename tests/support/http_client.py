@@ -112,19 +112,20 @@ class Client:
 
     async def quiet_stats(self, deadline_s: float = 20.0) -> dict[str, dict[str, Any]]:
         """Wait until no worker holds anything, then check that the recount of every page is exact."""
-        async with asyncio.timeout(deadline_s):
-            while True:
-                stats = await self.worker_stats()
-                if all(
-                    s["queued_requests"]
-                    + s["running_requests"]
-                    + s["rooms"]
-                    + s["pages"]["running"]
-                    + s["pages"]["quarantined"]
-                    == 0
-                    for s in stats.values()
-                ):
-                    break
+        deadline = asyncio.get_running_loop().time() + deadline_s
+        while True:
+            stats = await self.worker_stats()
+            assert asyncio.get_running_loop().time() < deadline, f"something is still held: {stats}"
+            if all(
+                s["queued_requests"]
+                + s["running_requests"]
+                + s["rooms"]
+                + s["pages"]["running"]
+                + s["pages"]["quarantined"]
+                == 0
+                for s in stats.values()
+            ):
+                break
         for one in stats.values():
             pages = one["pages"]
             assert pages["unaccounted"] == 0
