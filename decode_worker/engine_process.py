@@ -4,8 +4,7 @@ Two threads: the engine's loop in the main one, the transfer in its own.
 """
 
 from common.engine.engine import EngineParts, build_engine
-from common.engine.loop import Loop, serve
-from common.engine.reports import describe
+from common.engine.loop import serve
 from common.ids import new_peer_id
 from common.messages import DecodeToPrefill, PrefillToDecode
 from common.observability.logging import configure_logging
@@ -44,13 +43,16 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         verify_rows=config.engine.verify_rows,
         wake=channel.wake,
     )
-    transfer = TransferThread(receiver, channel.wake)
-    transfer.start()
-    channel.send(describe(engine))
     try:
-        serve(channel, Loop(engine, worker, overlap=config.engine.overlap), worker, transfer.check)
+        serve(
+            channel,
+            engine,
+            worker,
+            TransferThread(receiver, channel.wake),
+            overlap=config.engine.overlap,
+            shutdown_deadline_s=config.server.shutdown_deadline_s,
+        )
     finally:
-        transfer.stop(config.server.shutdown_deadline_s)
         channel.close()
 
 

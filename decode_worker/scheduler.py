@@ -11,6 +11,7 @@ The n samples of a prompt are admitted together: they share its full pages, and 
 from collections import deque
 
 from common.engine.seats import Seats
+from common.memory.layout import num_pages_for
 from common.memory.page_allocator import PageAllocator
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
@@ -181,4 +182,4 @@ class DecodeScheduler:
         return siblings[0].num_prompt_tokens // self._page_size if len(siblings) > 1 else 0
 
     def _pages_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._page_size)
+        return num_pages_for(num_tokens, self._page_size)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from common.engine.engine import Engine
-from common.memory.layout import slots_of
+from common.memory.layout import num_pages_for, slots_of
 from common.routed_experts.host_cache import Rows, Slots
 from common.scheduling.request import Request, RequestState
 
@@ -37,7 +37,7 @@ class SwapSpace:
         engine, page_size = self._engine, self._engine.capacity.page_size
         slots = slots_of(request.pages, 0, request.computed_tokens, page_size)
         rows, written = engine.host_cache.read(slots)
-        num_pages = -(-request.computed_tokens // page_size)
+        num_pages = num_pages_for(request.computed_tokens, page_size)
         kv_pages = engine.kv_pool.read(request.pages[:num_pages])
         self._swapped[request] = _Swapped(kv_pages, written.nonzero()[0], rows[written])
         request.advance(RequestState.SWAPPED)

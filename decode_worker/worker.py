@@ -14,6 +14,7 @@ from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Sampled, StepResult
 from common.errors import RequestError, RowsError
+from common.memory.layout import num_pages_for
 from common.messages import (
     Abort,
     Bootstrap,
@@ -172,7 +173,7 @@ class DecodeWorker:
             assert siblings[0].num_prompt_tokens == 1, "only a prefill worker computes prompts"
             self._scheduler.start(siblings[0], computed_tokens=0)
             return
-        num_prompt_pages = -(-siblings[0].num_prompt_tokens // self._engine.capacity.page_size)
+        num_prompt_pages = num_pages_for(siblings[0].num_prompt_tokens, self._engine.capacity.page_size)
         digest = prompt_digest(siblings[0].prompt)
         for request, room in zip(siblings, bootstrap.rooms, strict=True):
             first_page = self._scheduler.num_shared_pages(request)

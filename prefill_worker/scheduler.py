@@ -8,6 +8,7 @@ import time
 from collections import deque
 
 from common.engine.seats import Seats
+from common.memory.layout import num_pages_for
 from common.memory.page_allocator import PageAllocator
 from common.memory.prefix_cache import PrefixCache
 from common.scheduling.request import Request, RequestState
@@ -81,7 +82,7 @@ class PrefillScheduler:
             return False
         cache = self.prefix_cache
         shared = cache.match(request.prompt[: self._cacheable_tokens(request)]) if cache is not None else []
-        num_missing = -(-request.num_prompt_tokens // self._page_size) - len(shared)
+        num_missing = num_pages_for(request.num_prompt_tokens, self._page_size) - len(shared)
         if cache is not None and num_missing > self._allocator.num_free:
             cache.evict(num_missing - self._allocator.num_free)
         fresh = self._allocator.allocate(num_missing)

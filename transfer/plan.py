@@ -3,6 +3,8 @@
 import struct
 from typing import NamedTuple
 
+from common.memory.layout import num_pages_for
+
 _TAG = struct.Struct("<QII")
 
 
@@ -26,5 +28,5 @@ class WriteTag(NamedTuple):
 def complete_pages(computed_tokens: int, prompt_tokens: int, page_size: int) -> int:
     """How many of a prompt's pages will not change any more: the full ones, and the last one once the prompt is done."""
     if computed_tokens >= prompt_tokens:
-        return -(-prompt_tokens // page_size)
+        return num_pages_for(prompt_tokens, page_size)
     return computed_tokens // page_size

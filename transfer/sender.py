@@ -19,6 +19,7 @@ from typing import assert_never
 from msgspec import Struct
 
 from common.errors import TransferError
+from common.memory.layout import num_pages_for
 from common.messages import (
     DecodeToPrefill,
     FirstToken,
@@ -260,9 +261,8 @@ class Sender:
             return "another decode worker has asked for this room"
         if any(not 0 <= page < pool.num_pages for page in request.pages):
             return "a target page is outside of the pool"
-        if request.first_page < 0 or request.first_page + len(request.pages) != -(
-            -request.prompt_tokens // pool.page_size
-        ):
+        num_pages = num_pages_for(request.prompt_tokens, pool.page_size)
+        if request.first_page < 0 or request.first_page + len(request.pages) != num_pages:
             return f"{len(request.pages)} pages from page {request.first_page} on do not hold {request.prompt_tokens} tokens"
         return None
 

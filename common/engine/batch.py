@@ -9,7 +9,7 @@ import torch
 from common.engine.device import Device, as_int64
 from common.engine.sampler import SamplingBatch
 from common.kernels.attention import AttentionPlan
-from common.memory.layout import slots_of
+from common.memory.layout import num_pages_for, slots_of
 from common.memory.request_table import RequestTable
 from common.models.forward import ForwardBatch, RoutingSink
 from common.scheduling.step_plan import StepEntry, StepPlan
@@ -69,7 +69,7 @@ def build_batch(plan: StepPlan, table: RequestTable, device: Device, page_size: 
                 from_device.append(begin + position - entry.start)
                 rows_from_device.append(request.row)
         query_starts.append(end)
-        pages.append(row_pages[: -(-entry.stop // page_size)])
+        pages.append(row_pages[: num_pages_for(entry.stop, page_size)])
         page_starts.append(page_starts[-1] + len(pages[-1]))
 
     token_ids_T = device.upload(token_ids)

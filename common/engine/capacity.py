@@ -3,13 +3,11 @@
 Units are in the names. No other module computes a size: what is not here has no size of its own.
 """
 
-import math
-
 from msgspec import Struct
 
 from common.config import EngineOptions
 from common.errors import UsageError
-from common.memory.layout import KvLayout
+from common.memory.layout import KvLayout, num_pages_for
 from common.routed_experts.spec import RowSpec
 
 DEFAULT_CPU_POOL_TOKENS = 32768
@@ -67,7 +65,7 @@ def plan_capacity(
         page_size=options.page_size,
         num_pages=num_pages,
         context_tokens=context_tokens,
-        pages_per_request=math.ceil(context_tokens / options.page_size),
+        pages_per_request=num_pages_for(context_tokens, options.page_size),
         max_running_requests=options.max_running_requests,
         max_step_tokens=max_step_tokens,
         kv_pool_bytes=num_pages * layout.page_bytes,

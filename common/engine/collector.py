@@ -76,11 +76,6 @@ class RowCollector:
             _, future, done = self._pending.popleft()
             self._deliver(future.result(), done)
 
-    def close(self) -> None:
-        """End the thread."""
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
-
     def _gather(self, request: Request, start: int, stop: int) -> Rows:
         try:
             return self._engine.collect_rows(request, start, stop, verified=self._verified)

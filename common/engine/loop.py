@@ -5,10 +5,10 @@ path. The loop knows no requests: a worker's role decides what to plan and what 
 """
 
 from collections import deque
-from collections.abc import Callable
 from typing import Protocol
 
 from common.engine.engine import Engine
+from common.engine.reports import describe
 from common.engine.step import Launched, StepResult
 from common.messages import (
     Abort,
@@ -91,18 +91,44 @@ class Channel(Protocol):
         """Sleep until there is a message or a wake."""
 
 
-def serve(channel: Channel, loop: Loop, role: Role, check: Callable[[], None]) -> None:
-    """Run an engine process's main thread until `Shutdown`; `check` raises if another thread has failed."""
-    while True:
-        for message in channel.receive():
-            match message:
-                case GetStats():
-                    channel.send(role.stats(message.serial))
-                case Shutdown():
-                    return
-                case _:
-                    role.handle(message)
-        role.poll()
-        check()
-        if not loop.turn():
-            channel.wait(IDLE_WAIT_S)
+class Background(Protocol):
+    """What runs beside the loop on a thread of its own: the transfer."""
+
+    def start(self) -> None:
+        """Begin."""
+
+    def check(self) -> None:
+        """Raise what has ended the thread, if anything has."""
+
+    def stop(self, timeout_s: float) -> None:
+        """End."""
+
+
+def serve(
+    channel: Channel, engine: Engine, role: Role, background: Background, *, overlap: bool, shutdown_deadline_s: float
+) -> None:
+    """Run an engine process's main thread: say that the engine is ready, then drive it until `Shutdown`."""
+    loop = Loop(engine, role, overlap=overlap)
+    background.start()
+    channel.send(describe(engine))
+    try:
+        while _take_messages(channel, role):
+            role.poll()
+            background.check()
+            if not loop.turn():
+                channel.wait(IDLE_WAIT_S)
+    finally:
+        background.stop(shutdown_deadline_s)
+
+
+def _take_messages(channel: Channel, role: Role) -> bool:
+    """Handle what the frontend has sent; False once that is `Shutdown`."""
+    for message in channel.receive():
+        match message:
+            case GetStats():
+                channel.send(role.stats(message.serial))
+            case Shutdown():
+                return False
+            case _:
+                role.handle(message)
+    return True

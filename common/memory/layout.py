@@ -35,9 +35,10 @@ class KvLayout(Struct, frozen=True, kw_only=True):
         heads, layers, _, slots, dim = self.page_shape
         return f"page[head={heads},layer={layers},kv=2,slot={slots},dim={dim}]:{self.dtype}"
 
-    def pages_for(self, num_tokens: int) -> int:
-        """How many pages `num_tokens` tokens take."""
-        return -(-num_tokens // self.page_size)
+
+def num_pages_for(num_tokens: int, page_size: int) -> int:
+    """How many pages `num_tokens` tokens take."""
+    return -(-num_tokens // page_size)
 
 
 def slots_of(pages: npt.ArrayLike, start: int, stop: int, page_size: int) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from common.config import ModelOptions
 from common.errors import CheckpointError
 from common.kernels.attention import AttentionPlan
 from common.memory.kv_pool import KvPool
-from common.memory.layout import KvLayout
+from common.memory.layout import KvLayout, num_pages_for
 from common.models.config import ModelConfig, RopeConfig, load_model_config
 from common.models.forward import ForwardBatch, MoeModel
 from common.models.layers.rotary import rotary_tables
@@ -57,7 +57,7 @@ class PagedRun:
             dtype="float32",
             itemsize_bytes=4,
         )
-        needs = [layout.pages_for(len(sequence)) for sequence in sequences]
+        needs = [num_pages_for(len(sequence), layout.page_size) for sequence in sequences]
         self.pool = KvPool(layout, sum(needs) + 2, CPU, torch.float32)
         self.pool.pages.fill_(torch.nan)
         shuffled = torch.randperm(self.pool.num_pages, generator=torch.Generator().manual_seed(7))
