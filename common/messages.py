@@ -18,7 +18,14 @@ from msgspec import Struct
 from common.errors import RequestError, RequestFailed, TandemError
 
 Leg = Literal["prefill", "decode"]
+WorkerKind = Literal["prefill", "decode", "aggregated"]
+"""A worker serves one leg of each request, or the whole of it."""
 RowDtype = Literal["uint8", "uint16"]
+
+
+def leg_of(kind: WorkerKind) -> Leg | None:
+    """Which leg a worker of this kind serves; None if it has no other one beside it."""
+    return None if kind == "aggregated" else kind
 
 
 # ------------------------------------------------------------------------------------------------ requests
@@ -418,7 +425,9 @@ class KvDone(Struct, frozen=True, tag=True, kw_only=True):
     generation: int
     num_writes: int
     write_seconds: float
-    """How long writes were in progress, added up."""
+    """How long at least one of the writes was in progress."""
+    exposed_seconds: float
+    """How long the request waited for its KV: since the prefill's end, or since the peer's asking if that came later."""
     first_token: FirstToken
 
 

@@ -10,6 +10,7 @@ outside. It knows no role.
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
 
@@ -58,8 +59,11 @@ class _Waiting:
         self._poller.register(self._waker.fd, zmq.POLLIN)
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until a message is here, `wake` is called, or the time is up."""
-        self._poller.poll(max(1, round(timeout_s * 1000)))
+        """Sleep until a message is here, `wake` is called, or the time is up; less than 1 ms is slept whatever comes."""
+        if timeout_s < 0.001:
+            time.sleep(timeout_s)  # ZMQ counts in whole milliseconds
+        else:
+            self._poller.poll(round(timeout_s * 1000))
         self._waker.clear()
 
     def wake(self) -> None:

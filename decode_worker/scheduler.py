@@ -13,6 +13,8 @@ from collections import deque
 from common.engine.seats import Seats
 from common.memory.layout import num_pages_for
 from common.memory.page_allocator import PageAllocator
+from common.memory.page_source import PageSource
+from common.memory.prefix_cache import PrefixCache
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
 from decode_worker.swap import SwapSpace
@@ -24,7 +26,15 @@ Siblings = tuple[Request, ...]
 class DecodeScheduler:
     """Admits requests, plans their steps, and decides who gives way."""
 
-    def __init__(self, allocator: PageAllocator, seats: Seats, swap_space: SwapSpace, *, page_size: int) -> None:
+    def __init__(
+        self,
+        allocator: PageAllocator,
+        seats: Seats,
+        swap_space: SwapSpace,
+        *,
+        page_size: int,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         self.waiting: deque[Siblings] = deque()
         self.running: list[Request] = []
         """Eldest first."""
@@ -34,6 +44,7 @@ class DecodeScheduler:
         self._order: dict[Request, int] = {}
         self._num_started = 0
         self._allocator = allocator
+        self._pages = PageSource(allocator, prefix_cache)
         self._seats = seats
         self._swap_space = swap_space
         self._page_size = page_size
@@ -46,23 +57,34 @@ class DecodeScheduler:
 
     def pages_to_admit(self, siblings: Siblings) -> int:
         """How many pages must be free for these to be admitted."""
-        own = self._pages_for(siblings[0].num_prompt_tokens + 1) - self._num_shared(siblings)
+        # A prompt that is only scored has no token behind it.
+        num_tokens = min(siblings[0].num_prompt_tokens + 1, siblings[0].max_total_tokens)
+        own = self._pages_for(num_tokens) - self._num_shared(siblings)
         return self._num_shared(siblings) + own * len(siblings)
 
     def admit(self) -> list[Siblings]:
-        """Seat waiting requests while there is room and nobody is swapped; the caller fetches their KV."""
+        """Seat waiting requests while there is room; the caller fetches their KV."""
         admitted: list[Siblings] = []
-        while self.waiting and not self.swapped and not self._yielding:
-            siblings = self.waiting[0]
-            if self._seats.num_free < len(siblings):
-                break
-            pages = self._allocate_with_headroom(self.pages_to_admit(siblings))
-            if pages is None:
-                break
-            self.waiting.popleft()
-            self._seat(siblings, pages)
-            admitted.append(siblings)
+        while self.waiting and self.seat(self.waiting[0]):
+            admitted.append(self.waiting.popleft())
         return admitted
+
+    def seat(self, siblings: Siblings) -> bool:
+        """Seat the samples of a prompt if there is room for them all and nobody is swapped; says whether it did.
+
+        Where there is a prefix cache, the first sample has begun behind what that knows of the prompt.
+        """
+        if self.swapped or self._yielding or self._seats.num_free < len(siblings):
+            return False
+        leader = siblings[0]
+        taken = self._pages.take_for_prompt(
+            leader.prompt[: leader.num_cacheable_tokens], self.pages_to_admit(siblings), leaving=self._headroom()
+        )
+        if taken is None:
+            return False
+        self._seat(siblings, taken.pages)
+        leader.begin(num_cached_tokens=taken.num_cached * self._page_size)
+        return True
 
     def _seat(self, siblings: Siblings, pages: list[int]) -> None:
         num_shared = self._num_shared(siblings)
@@ -128,7 +150,7 @@ class DecodeScheduler:
     def _cover(self, request: Request, num_tokens: int) -> bool:
         """Make sure that the request has pages for `num_tokens` tokens; False if it has to sit this step out."""
         while len(request.pages) < self._pages_for(num_tokens):
-            pages = self._allocator.allocate(1)
+            pages = self._pages.take(1)
             if pages is not None:
                 self._seats.grow(request, pages)
                 continue
@@ -156,7 +178,7 @@ class DecodeScheduler:
         any_back = False
         while self.swapped and not self._yielding and self._seats.num_free > 0:
             request = self.swapped[0]
-            pages = self._allocate_with_headroom(self._pages_for(request.computed_tokens + 1))
+            pages = self._pages.take(self._pages_for(request.computed_tokens + 1), leaving=self._headroom())
             if pages is None:
                 break
             self.swapped.popleft()
@@ -165,11 +187,9 @@ class DecodeScheduler:
             any_back = True
         return any_back
 
-    def _allocate_with_headroom(self, num_pages: int) -> list[int] | None:
-        """Allocate only if a page for each running request is left over, or somebody would have to give way at once."""
-        if self._allocator.num_free < num_pages + len(self.running):
-            return None
-        return self._allocator.allocate(num_pages)
+    def _headroom(self) -> int:
+        """Pages to leave over whenever somebody is seated: one for each running request, or one would have to give way at once."""
+        return len(self.running)
 
     def _join(self, request: Request) -> None:
         self._insert(self.running, request)

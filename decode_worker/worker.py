@@ -8,12 +8,12 @@ the rows `[P, P+G-1)`. Runs in the engine's thread. Neighbours: `decode_worker.s
 from collections.abc import Callable
 from typing import assert_never
 
-from common.engine.collector import RowCollector, Rows
+from common.engine.collector import RowCollector
 from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Sampled, StepResult
-from common.errors import RequestError, RowsError
+from common.errors import RequestError
 from common.memory.layout import num_pages_for
 from common.messages import (
     Abort,
@@ -21,18 +21,16 @@ from common.messages import (
     CacheFlushed,
     ErrorReport,
     Failed,
-    Finished,
     FinishNow,
-    FinishReason,
     FlushCache,
     Generate,
     Stats,
     StopAt,
-    Tokens,
 )
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepPlan
 from common.wire import address
+from decode_worker.generation import Generation
 from decode_worker.scheduler import DecodeScheduler, Siblings
 from decode_worker.swap import SwapSpace
 from transfer.handshake import prompt_digest
@@ -62,9 +60,9 @@ class DecodeWorker:
         self._mailbox = mailbox
         self._transfer = transfer
         self._reply = reply
-        self._eos_token_ids = frozenset(engine.config.eos_token_ids)
-        self._requests: dict[str, set[Request]] = {}
-        """The samples of each rid that have not been answered."""
+        self._generation = Generation(
+            engine, self._scheduler, self._swap_space, self._collector, reply, self, leg="decode"
+        )
         self._rooms: dict[int, Request] = {}
         self._arrived: dict[Request, KvArrived] = {}
         """Samples whose own KV is here, while that of the pages they share is not."""
@@ -79,27 +77,17 @@ class DecodeWorker:
             case Generate():
                 self._start(message)
             case Abort():
-                for request in self._samples(message.rid):
-                    self._leave(request)
+                self._generation.abort(message.rid)
             case FinishNow():
-                reason = FinishReason(type="abort", message="aborted by request", cause="requested")
-                for request in self._samples(message.rid):
-                    self._finish(request, reason)
+                self._generation.finish_now(message.rid)
             case StopAt():
-                for request in self._samples(message.rid):
-                    if request.index == message.index and request.state in _GENERATING:
-                        self._cut(request, message.num_tokens)
-                        self._finish(request, FinishReason(type="stop", matched=message.matched))
+                self._generation.stop_at(message)
             case FlushCache():
-                refusal = f"{len(self._requests)} requests are running" if self._requests else None
+                num_open = self._generation.num_open
+                refusal = f"{num_open} requests are running" if num_open else None
                 self._reply(CacheFlushed(message.serial, refusal))
             case _:
                 assert_never(message)
-
-    def _samples(self, rid: str) -> Siblings:
-        """The unanswered samples of a rid; one whose rows are being gathered is as good as answered."""
-        samples = self._requests.get(rid, ())
-        return tuple(request for request in samples if request.state is not RequestState.COLLECTING)
 
     def _start(self, message: Generate) -> None:
         siblings = tuple(Request.of(message, index) for index in range(message.options.sampling.n))
@@ -108,7 +96,7 @@ class DecodeWorker:
             return
         for request, room in zip(siblings, siblings[0].rooms, strict=False):
             self._rooms[room] = request
-        self._requests[message.rid] = set(siblings)
+        self._generation.open(siblings)
         self._scheduler.add(siblings)
 
     def _refusal(self, message: Generate, siblings: Siblings) -> RequestError | None:
@@ -131,10 +119,10 @@ class DecodeWorker:
                 case KvArrived():
                     self._on_arrived(request, event)
                 case KvLost():
-                    self._fail(request, event.error)
+                    self._generation.fail(request, event.error)
                 case PagesQuiet():
                     del self._rooms[event.room]
-                    self._let_go(request)
+                    self._generation.let_go(request)
                 case _:
                     assert_never(event)
         self._collector.poll()
@@ -142,7 +130,7 @@ class DecodeWorker:
     def _on_arrived(self, request: Request, event: KvArrived) -> None:
         del self._rooms[event.room]
         if request.state is RequestState.QUARANTINED:
-            self._let_go(request)  # given up while the last words crossed
+            self._generation.let_go(request)  # given up while the last words crossed
             return
         self._arrived[request] = event
         for follower in [f for f, leader in self._leaders.items() if leader is request]:
@@ -158,13 +146,14 @@ class DecodeWorker:
         request.timings |= {
             "pd_decode_wait_duration": event.wait_seconds,
             "pd_transfer_duration": event.write_seconds,
+            "pd_transfer_exposed_duration": event.exposed_seconds,
             "pd_transfer_total_mb": event.num_bytes / 1e6,
         }
         if event.write_seconds > 0:
             request.timings["pd_transfer_speed_gb_s"] = event.num_bytes / 1e9 / event.write_seconds
         self._scheduler.start(request, computed_tokens=request.num_prompt_tokens)
         first = event.first_token
-        self._take_token(request, Sampled(first.token_id, first.logprob, first.top_logprobs))
+        self._generation.take_token(request, Sampled(first.token_id, first.logprob, first.top_logprobs))
 
     def _fetch(self, siblings: Siblings) -> None:
         bootstrap = siblings[0].message.bootstrap
@@ -204,94 +193,20 @@ class DecodeWorker:
             request = entry.request
             request.steps_in_flight -= 1
             if request.state is not RequestState.RUNNING:
-                self._let_go(request)
+                self._generation.let_go(request)
                 continue
             request.computed_tokens = entry.stop
             [sampled] = outcome.sampled
-            self._take_token(request, sampled)
-
-    def _take_token(self, request: Request, sampled: Sampled) -> None:
-        options = request.message.options
-        token_id, logprob, top_logprobs = sampled
-        request.output_ids.append(token_id)
-        request.logprobs.append(logprob)
-        request.top_logprobs.append(top_logprobs)
-        if options.stream or options.sampling.stop:
-            self._reply(Tokens(request.rid, [token_id], [logprob], request.index, [top_logprobs]))
-        reason = self._finish_reason(request, token_id)
-        if reason is not None:
-            self._finish(request, reason)
-
-    def _finish_reason(self, request: Request, token_id: int) -> FinishReason | None:
-        sampling = request.message.options.sampling
-        if token_id in sampling.stop_token_ids or (token_id in self._eos_token_ids and not sampling.ignore_eos):
-            return FinishReason(type="stop", matched=token_id)
-        if len(request.output_ids) == sampling.max_new_tokens:
-            return FinishReason(type="length", length=len(request.output_ids))
-        return None
+            self._generation.take_token(request, sampled)
 
     # -------------------------------------------------------------------------------------------- endings
 
-    def _cut(self, request: Request, num_tokens: int) -> None:
-        for emitted in (request.output_ids, request.logprobs, request.top_logprobs):
-            del emitted[num_tokens:]
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        """The sample has its last token: gather its rows, then answer."""
-        start = request.num_prompt_tokens
-        stop = start + len(request.output_ids) - 1
-        if not request.output_ids:
-            self._answer(request, reason, None)  # aborted before its first token
-        elif request.state is RequestState.SWAPPED:
-            swapped = self._swap_space.rows_of(request, start, stop)
-            self._collector.collect_swapped(request, swapped, start, lambda rows: self._answer(request, reason, rows))
-        else:
-            self._scheduler.remove(request)
-            request.advance(RequestState.COLLECTING)
-            self._collector.collect(request, start, stop, lambda rows: self._answer(request, reason, rows))
-
-    def _answer(self, request: Request, reason: FinishReason, rows: Rows) -> None:
-        if request not in self._requests.get(request.rid, ()):
-            self._let_go(request)  # given up while its rows were gathered
-        elif isinstance(rows, RowsError):
-            self._fail(request, ErrorReport.of(rows, leg="decode", stage="decode", rid=request.rid))
-        else:
-            finished = Finished(
-                rid=request.rid,
-                index=request.index,
-                prompt_tokens=request.num_prompt_tokens,
-                cached_tokens=0,
-                token_ids=request.output_ids,
-                logprobs=request.logprobs,
-                top_logprobs=request.top_logprobs,
-                finish_reason=reason,
-                rows=None if rows is None else rows.header,
-                timings=request.timings,
-            )
-            self._reply(finished, *(() if rows is None else (rows.data,)))
-            self._leave(request)
-
-    def _fail(self, request: Request, error: ErrorReport) -> None:
-        """One sample's failure is the failure of all."""
-        unanswered = self._requests.get(request.rid)
-        if unanswered is None or request not in unanswered:
-            return  # another sample's failure has ended this one too
-        self._reply(Failed(request.rid, error))
-        for sample in list(unanswered):
-            self._leave(sample)
-
-    def _leave(self, request: Request) -> None:
-        """The sample has been answered, or nobody waits for an answer; it keeps only what is still in use."""
-        unanswered = self._requests[request.rid]
-        unanswered.discard(request)
-        if not unanswered:
-            del self._requests[request.rid]
-        self._scheduler.remove(request)
+    def forget(self, request: Request) -> None:
+        """Stop waiting for its KV."""
         self._arrived.pop(request, None)
         self._leaders.pop(request, None)
         if request.state in (RequestState.QUEUED, RequestState.RECEIVING):
             self._cancel_rooms((request,))
-        self._let_go(request)
 
     def _cancel_rooms(self, samples: Siblings) -> None:
         """Let the prefill worker know that nobody waits for these samples' KV any more."""
@@ -300,23 +215,15 @@ class DecodeWorker:
             if bootstrap is not None:
                 self._mailbox.submit(CancelKv(bootstrap.rooms[request.index], _source_of(bootstrap)))
 
-    def _let_go(self, request: Request) -> None:
-        """Give back what nothing touches any more: the row after the last step, the pages after rows and peers too."""
-        if self._collector.holds(request):
-            return
-        if request.steps_in_flight > 0:
-            if request.state is not RequestState.SURPLUS:
-                request.advance(RequestState.SURPLUS)
-            return
-        self._seats.give_back_row(request)
+    def is_quiet(self, request: Request) -> bool:
+        """Whether no peer writes into its pages any more; while one may, the sample is in quarantine."""
         for room in request.rooms[request.index : request.index + 1]:
             if self._rooms.get(room) is request and request.state is not RequestState.QUEUED:
                 if request.state is not RequestState.QUARANTINED:
                     request.advance(RequestState.QUARANTINED)
-                return
+                return False
             self._rooms.pop(room, None)
-        self._seats.give_back_pages(request)
-        request.advance(RequestState.ENDED)
+        return True
 
     # -------------------------------------------------------------------------------------------- statistics
 
@@ -331,9 +238,6 @@ class DecodeWorker:
             rows_refused=self._collector.num_refused,
             swaps=self._swap_space.num_swaps,
         )
-
-
-_GENERATING = (RequestState.RUNNING, RequestState.SWAPPED)
 
 
 def _source_of(bootstrap: Bootstrap) -> str:

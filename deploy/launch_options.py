@@ -15,12 +15,12 @@ from msgspec import Struct
 from common.config import option
 from common.errors import UsageError
 
-RoleName = Literal["prefill", "decode", "router"]
+RoleName = Literal["prefill", "decode", "aggregated", "router"]
 
 WORKER_HOST = "127.0.0.1"
 
 # The launcher wires its children together; an address given to one child would leave the others with a wrong one.
-RESERVED = frozenset({"host", "port", "bootstrap_host", "bootstrap_port", "prefill", "decode"})
+RESERVED = frozenset({"host", "port", "bootstrap_host", "bootstrap_port", "prefill", "decode", "worker"})
 
 
 class LaunchOptions(Struct, frozen=True, kw_only=True):
@@ -29,6 +29,9 @@ class LaunchOptions(Struct, frozen=True, kw_only=True):
     model: Annotated[str, option("checkpoint folder, or a Hugging Face hub id", metavar="PATH_OR_ID")]
     prefill: Annotated[int, option("number of prefill workers", unit="workers", ge=1, le=64)] = 1
     decode: Annotated[int, option("number of decode workers", unit="workers", ge=1, le=64)] = 1
+    aggregated: Annotated[
+        bool, option("start one worker that computes prompts and generates, in the place of prefill and decode workers")
+    ] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the model runs; auto: GPUs if any")] = "auto"
     host: Annotated[str, option("address of the router; the workers listen on this machine only")] = WORKER_HOST
     port: Annotated[int, option("port that the router listens on", ge=1, le=65535)] = 8000
@@ -59,13 +62,14 @@ def deal_options(argv: list[str], roles: Roles) -> tuple[list[str], dict[RoleNam
     for words in _grouped(argv):
         flag, equals, value = words[0].partition("=")
         prefix, dot, rest = flag.removeprefix("--").partition(".")
+        name = prefix.replace("-", "_")
         if dot:
             role = next((role for role in roles if role == prefix), None)
             if role is None or not rest:
                 raise UsageError(f"unknown option {flag}: the roles are {', '.join(roles)}")
             _refuse_address(flag, rest)
             passed[role] += [f"--{rest}{equals}{value}", *words[1:]]
-        elif flag == "-h" or prefix.replace("-", "_") in own_names:
+        elif flag == "-h" or name in own_names or name.removeprefix("no_") in own_names:
             own += words
         else:
             _refuse_address(flag, prefix)

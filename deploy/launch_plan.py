@@ -57,37 +57,39 @@ def plan_launch(
     choose_ports: Callable[[int], list[int]] = free_ports,
 ) -> LaunchPlan:
     """Decide what to start. Raises UsageError for an option, a checkpoint or a number of GPUs that cannot be used."""
-    own, passed = deal_options(argv, roles)
+    own, _ = deal_options(argv, roles)
     launch = parse_config(
         LaunchConfig,
         own,
         prog="python -m deploy.up",
-        description="Starts prefill workers, decode workers and the router on this machine. Any of their options may be"
-        " given too: --page-size 16 for all that have it, --prefill.page-size 16 for one role.",
+        description="Starts prefill workers, decode workers and the router on this machine, or one aggregated worker and"
+        " the router. Any of their options may be given too: --page-size 16 for all that have it, --prefill.page-size 16"
+        " for one role.",
     ).launch
     _check_model(launch.model)
+    workers = _workers_of(launch, own)
+    # Only now is it known who is started; an option that none of them has is a mistake.
+    roles = {name: role for name, role in roles.items() if name in (*workers, "router")}
+    _, passed = deal_options(argv, roles)
 
-    num_workers = launch.prefill + launch.decode
-    placements, notes = _place(launch, num_workers, find_gpus)
-    ports = choose_ports(num_workers + launch.prefill)
-    http_ports, bootstrap_ports = ports[:num_workers], ports[num_workers:]
+    placements, notes = _place(launch, len(workers), find_gpus)
+    ports = choose_ports(len(workers) + workers.count("prefill"))
+    http_ports, bootstrap_ports = ports[: len(workers)], ports[len(workers) :]
 
     commands: list[Command] = []
     to_router = [f"--host={launch.host}", f"--port={launch.port}"]
-    for index in range(num_workers):
-        is_prefill = index < launch.prefill
-        role: RoleName = "prefill" if is_prefill else "decode"
-        name = f"{role}-{index if is_prefill else index - launch.prefill}"
+    for index, role in enumerate(workers):
+        name = f"{role}-{index - workers.index(role)}"
         url = f"http://{WORKER_HOST}:{http_ports[index]}"
         flags = [f"--model={launch.model}", f"--device={launch.device}"]
         flags += [f"--host={WORKER_HOST}", f"--port={http_ports[index]}"]
-        if is_prefill:
+        if role == "prefill":
             flags.append(f"--bootstrap-port={bootstrap_ports[index]}")
             to_router += ["--prefill", url, str(bootstrap_ports[index])]
         else:
-            to_router += ["--decode", url]
+            to_router += ["--decode" if role == "decode" else "--worker", url]
         commands.append(_command(name, role, roles[role], flags + passed[role], url, placements[index]))
-    worker_key = _value_of(_parsed(commands[0].name, roles["prefill"], commands[0].arguments), "api_key")
+    worker_key = _value_of(_parsed(commands[0].name, roles[workers[0]], commands[0].arguments), "api_key")
     if worker_key:
         to_router.append(f"--worker-api-key={worker_key}")
     url = f"http://{_as_url_host(WORKER_HOST if launch.host in ('0.0.0.0', '::') else launch.host)}:{launch.port}"
@@ -102,6 +104,18 @@ def plan_launch(
         startup_deadline_s=launch.startup_deadline_s,
         notes=notes,
     )
+
+
+def _workers_of(launch: LaunchOptions, own: list[str]) -> list[RoleName]:
+    """Name the role of each worker that is to start, those of one role together. Raises UsageError for a contradiction."""
+    if not launch.aggregated:
+        return [*["prefill"] * launch.prefill, *["decode"] * launch.decode]  # type: ignore[list-item]
+    flags = {word.partition("=")[0] for word in own}
+    defaults = {field.name: field.default for field in msgspec.structs.fields(LaunchOptions)}
+    for name, count in (("prefill", launch.prefill), ("decode", launch.decode)):
+        if f"--{name}" in flags or count != defaults[name]:
+            raise UsageError(f"--{name}: with --aggregated there is one worker, and no {name} worker")
+    return ["aggregated"]
 
 
 def _value_of(config: Struct, name: str) -> object:

@@ -33,7 +33,7 @@ PROBE_DEADLINE_S = 30.0
 STDERR = 2
 
 # Nobody may write into a decode worker's pages once it is gone, so its writers go first; the router before both.
-STOP_ORDER: tuple[RoleName, ...] = ("router", "prefill", "decode")
+STOP_ORDER: tuple[RoleName, ...] = ("router", "prefill", "decode", "aggregated")
 
 
 class StackError(TandemError):

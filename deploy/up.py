@@ -1,5 +1,7 @@
 """`python -m deploy.up`: start prefill workers, decode workers and the router on this machine, and watch them.
 
+With `--aggregated` there is one worker behind the router, which does the work of both.
+
 Prints one line on stdout, `ready URL`, once a real request has gone through; everything else is on stderr. SIGINT or
 SIGTERM stops all children in order (a second one kills them) and the exit code is 0. A child that ends by itself takes
 the others with it: exit code 1, or 2 if the child's complaint was about its options.

@@ -4,19 +4,20 @@ A prompt holds the pages of all its tokens from the moment it is admitted, share
 admitted only when the step has budget left for it, so that it finds what earlier prompts have just put into the cache.
 """
 
-import time
 from collections import deque
+from collections.abc import Callable
 
 from common.engine.seats import Seats
 from common.memory.layout import num_pages_for
 from common.memory.page_allocator import PageAllocator
+from common.memory.page_source import PageSource
 from common.memory.prefix_cache import PrefixCache
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
 
 
 class PrefillScheduler:
-    """Admits prompts and plans their chunks."""
+    """Admits prompts and plans their chunks. Where `admit` is given, it seats a prompt, or says that there is no room for it."""
 
     def __init__(
         self,
@@ -26,14 +27,15 @@ class PrefillScheduler:
         *,
         page_size: int,
         chunk_tokens: int,
+        admit: Callable[[Request], bool] | None = None,
     ) -> None:
-        self.prefix_cache = prefix_cache
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._allocator = allocator
+        self._pages = PageSource(allocator, prefix_cache)
         self._seats = seats
         self._page_size = page_size
         self._chunk_tokens = chunk_tokens
+        self._admit = admit or self._admit_alone
 
     def add(self, request: Request) -> None:
         """Queue a prompt."""
@@ -55,7 +57,7 @@ class PrefillScheduler:
         """Take a request out of the queue or out of later steps; what it holds stays its own."""
         if request.state is RequestState.QUEUED:
             self.waiting.remove(request)
-        elif request.state is RequestState.RUNNING:
+        elif request in self.running:
             self.running.remove(request)
 
     def _plan_chunk(self, request: Request, budget: int, entries: list[StepEntry]) -> int:
@@ -70,27 +72,14 @@ class PrefillScheduler:
         request.steps_in_flight += 1
         return stop - start
 
-    def _cacheable_tokens(self, request: Request) -> int:
-        """A prompt token's logprob comes from the step that computes the position before it, so that one may not be a hit."""
-        options = request.message.options
-        if options.return_logprob and options.logprob_start_len >= 0:
-            return min(request.num_prompt_tokens, max(1, options.logprob_start_len))
-        return request.num_prompt_tokens
-
-    def _admit(self, request: Request) -> bool:
+    def _admit_alone(self, request: Request) -> bool:
         if self._seats.num_free == 0:
             return False
-        cache = self.prefix_cache
-        shared = cache.match(request.prompt[: self._cacheable_tokens(request)]) if cache is not None else []
-        num_missing = num_pages_for(request.num_prompt_tokens, self._page_size) - len(shared)
-        if cache is not None and num_missing > self._allocator.num_free:
-            cache.evict(num_missing - self._allocator.num_free)
-        fresh = self._allocator.allocate(num_missing)
-        if fresh is None:
-            self._allocator.release(shared)
+        num_pages = num_pages_for(request.num_prompt_tokens, self._page_size)
+        taken = self._pages.take_for_prompt(request.prompt[: request.num_cacheable_tokens], num_pages)
+        if taken is None:
             return False
-        self._seats.take(request, shared + fresh)
-        request.cached_tokens = request.planned_tokens = request.computed_tokens = len(shared) * self._page_size
-        request.started_at = time.perf_counter()
+        self._seats.take(request, taken.pages)
+        request.begin(num_cached_tokens=taken.num_cached * self._page_size)
         request.advance(RequestState.RUNNING)
         return True

@@ -18,7 +18,6 @@ from common.errors import LegFailed, RequestError, RowsError
 from common.memory.prefix_cache import PrefixCache
 from common.messages import (
     Abort,
-    CacheFlushed,
     ErrorReport,
     Failed,
     Finished,
@@ -27,13 +26,13 @@ from common.messages import (
     FirstToken,
     FlushCache,
     Generate,
-    PromptLogprobs,
     Stats,
     StopAt,
 )
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
 from prefill_worker.config import PrefillOptions
+from prefill_worker.flushes import Flushes
 from prefill_worker.scheduler import PrefillScheduler
 from transfer.handshake import prompt_digest
 from transfer.plan import complete_pages
@@ -71,7 +70,7 @@ class PrefillWorker:
         self._reply = reply
         self._requests: dict[str, Request] = {}
         self._rooms: dict[int, Request] = {}
-        self._flushes: list[int] = []
+        self._flushes = Flushes(self._cache, engine.seats, reply)
         self._num_tokens_cached = 0
 
     # -------------------------------------------------------------------------------------------- messages
@@ -90,7 +89,7 @@ class PrefillWorker:
                 if request is not None and request.state is not RequestState.COLLECTING:
                     self._finish_early(request)
             case FlushCache():
-                self._flush(message.serial)
+                self._flushes.ask(message.serial, len(self._requests))
             case StopAt():
                 pass  # stop strings are the decode leg's to find
             case _:
@@ -109,22 +108,6 @@ class PrefillWorker:
             self._mailbox.submit(OpenRoom(room, request.num_prompt_tokens, digest))
         self._requests[message.rid] = request
         self._scheduler.add(request)
-
-    def _flush(self, serial: int) -> None:
-        if self._requests:
-            self._reply(CacheFlushed(serial, f"{len(self._requests)} requests are running"))
-            return
-        self._flushes.append(serial)
-        self._finish_flushes()
-
-    def _finish_flushes(self) -> None:
-        """Empty the cache once no transfer reads its pages any more, and say so."""
-        if self._flushes and not self._seats.holders:
-            if self._cache is not None:
-                self._cache.evict(self._cache.num_pages)
-            for serial in self._flushes:
-                self._reply(CacheFlushed(serial))
-            self._flushes.clear()
 
     # -------------------------------------------------------------------------------------------- other threads
 
@@ -174,16 +157,17 @@ class PrefillWorker:
                 self._mailbox.submit(PagesReady(room, request.pages[begin:end]))
 
     def _finish(self, request: Request, sampled: tuple[Sampled, ...]) -> None:
-        """The prompt is computed: keep it for later ones, hand each sample over, and gather the rows."""
+        """The prompt is computed: hand each sample over, keep the prompt for later ones, and gather the rows."""
+        computed_at = time.perf_counter()
+        request.timings["pd_prefill_forward_duration"] = computed_at - request.started_at
+        for room, (token_id, logprob, top_logprobs) in zip(request.rooms, sampled, strict=False):
+            first_token = FirstToken(token_id=token_id, logprob=logprob, top_logprobs=top_logprobs)
+            self._mailbox.submit(FinishRoom(room, first_token, computed_at))
         self._scheduler.remove(request)
         request.advance(RequestState.COLLECTING)
         if self._cache is not None:
             self._cache.insert(request.prompt, request.pages)
         self._num_tokens_cached += request.cached_tokens
-        request.timings["pd_prefill_forward_duration"] = time.perf_counter() - request.started_at
-        for room, (token_id, logprob, top_logprobs) in zip(request.rooms, sampled, strict=False):
-            first_token = FirstToken(token_id=token_id, logprob=logprob, top_logprobs=top_logprobs)
-            self._mailbox.submit(FinishRoom(room, first_token))
         # A prompt that is only scored yields P - 1 rows: its last token would be the input of a step that never comes.
         stop = request.num_prompt_tokens - (not sampled)
         start = request.message.options.routed_experts_start_len
@@ -202,7 +186,7 @@ class PrefillWorker:
                 token_ids=[token_id for token_id, _, _ in sampled],
                 logprobs=[logprob for _, logprob, _ in sampled],
                 top_logprobs=[top_logprobs for _, _, top_logprobs in sampled],
-                prompt_logprobs=_prompt_logprobs(request),
+                prompt_logprobs=request.prompt_logprobs(),
                 finish_reason=FinishReason(type="length", length=min(1, len(sampled))),
                 rows=None if rows is None else rows.header,
                 timings=request.timings,
@@ -258,7 +242,7 @@ class PrefillWorker:
             return
         self._seats.give_back_pages(request)
         request.advance(RequestState.ENDED)
-        self._finish_flushes()
+        self._flushes.finish()
 
     # -------------------------------------------------------------------------------------------- statistics
 
@@ -274,16 +258,3 @@ class PrefillWorker:
             tokens_cached=self._num_tokens_cached,
             rows_refused=self._collector.num_refused,
         )
-
-
-def _prompt_logprobs(request: Request) -> PromptLogprobs | None:
-    options = request.message.options
-    start = options.logprob_start_len
-    if not options.return_logprob or start < 0:
-        return None
-    nothing = start == 0  # nothing predicts the token at position 0
-    return PromptLogprobs(
-        logprobs=[None, *request.prompt_scores] if nothing else list(request.prompt_scores),
-        token_ids=request.prompt[start:].tolist(),
-        top_logprobs=[] if options.top_logprobs_num == 0 else ([None] if nothing else []) + list(request.prompt_tops),
-    )

@@ -55,7 +55,7 @@ async def combine_pair(sample: Sample, index: int, prefill: LegReply, decode: Le
         return combine_unfinished(sample, decode)
     _check_agreement(sample, index, prefill, decode)
     _check_logprobs(sample, "decode", decode)
-    _check_prompt_logprobs(sample, prefill)
+    _check_prompt_logprobs(sample, "prefill", prefill)
     prompt_tokens, output_ids = prefill.meta_info.prompt_tokens, decode.output_ids
     rows = None
     if sample.options.return_routed_experts:
@@ -66,17 +66,21 @@ async def combine_pair(sample: Sample, index: int, prefill: LegReply, decode: Le
     return _answer(sample, prefill, decode, rows)
 
 
-async def combine_score(sample: Sample, prefill: LegReply, *, verify_rows: bool) -> Answer:
-    """Make the answer of a prompt that was only scored: no output, and rows up to P-1. Raises RowsError, LegFailed."""
-    if prefill.is_aborted and prefill.rows is None:
-        return combine_unfinished(sample, prefill)
-    _check_prompt_logprobs(sample, prefill)
+async def combine_whole(sample: Sample, leg: Leg | None, reply: LegReply, *, verify_rows: bool) -> Answer:
+    """Make the answer of a sample that one worker has run alone: of an aggregated one, or a prompt that was only scored.
+
+    Raises LegFailed if its logprobs are not whole, RowsError if rows are missing or bad.
+    """
+    if is_unfinished(reply):
+        return combine_unfinished(sample, reply)
+    _check_logprobs(sample, leg, reply)
+    _check_prompt_logprobs(sample, leg, reply)
     rows = None
     if sample.options.return_routed_experts:
         start = sample.options.routed_experts_start_len
-        stop = max(start, prefill.meta_info.prompt_tokens - 1)
-        rows = await _merged([_rows_of("prefill", prefill)], start=start, stop=stop, verify_rows=verify_rows)
-    return _answer(sample, prefill, prefill, rows)
+        stop = max(start, reply.meta_info.prompt_tokens + len(reply.output_ids) - 1)
+        rows = await _merged([_rows_of(leg, reply)], start=start, stop=stop, verify_rows=verify_rows)
+    return _answer(sample, reply, reply, rows)
 
 
 def combine_unfinished(sample: Sample, aborted: LegReply) -> Answer:
@@ -118,7 +122,7 @@ def _check_agreement(sample: Sample, index: int, prefill: LegReply, decode: LegR
         raise LegFailed(f"the legs disagree on the first token: {first} and {decode.output_ids[:1]}", stage="merge")
 
 
-def _check_logprobs(sample: Sample, leg: Leg, reply: LegReply) -> None:
+def _check_logprobs(sample: Sample, leg: Leg | None, reply: LegReply) -> None:
     """Check that there is a logprob for every output token, and top logprobs if they were asked for."""
     options, meta, num_tokens = sample.options, reply.meta_info, len(reply.output_ids)
     if not options.return_logprob:
@@ -129,8 +133,8 @@ def _check_logprobs(sample: Sample, leg: Leg, reply: LegReply) -> None:
         raise _incomplete(leg, f"{len(meta.output_top_logprobs or ())} output_top_logprobs for {num_tokens} tokens")
 
 
-def _check_prompt_logprobs(sample: Sample, prefill: LegReply) -> None:
-    options, meta = sample.options, prefill.meta_info
+def _check_prompt_logprobs(sample: Sample, leg: Leg | None, reply: LegReply) -> None:
+    options, meta = sample.options, reply.meta_info
     if not options.return_logprob or options.logprob_start_len < 0:
         return
     expected = max(0, meta.prompt_tokens - options.logprob_start_len)
@@ -139,16 +143,20 @@ def _check_prompt_logprobs(sample: Sample, prefill: LegReply) -> None:
         given["input_top_logprobs"] = len(meta.input_top_logprobs or ())
     for name, count in given.items():
         if count != expected:
-            raise _incomplete("prefill", f"{count} {name} for {expected} prompt tokens")
+            raise _incomplete(leg, f"{count} {name} for {expected} prompt tokens")
 
 
-def _incomplete(leg: Leg, what: str) -> LegFailed:
-    return LegFailed(f"the {leg} leg's logprobs are not whole: {what}", leg=leg, stage="merge")
+def _incomplete(leg: Leg | None, what: str) -> LegFailed:
+    return LegFailed(f"the {_name_of(leg)}'s logprobs are not whole: {what}", leg=leg, stage="merge")
 
 
-def _rows_of(leg: Leg, reply: LegReply) -> RowBlock:
+def _name_of(leg: Leg | None) -> str:
+    return "aggregated worker" if leg is None else f"{leg} leg"
+
+
+def _rows_of(leg: Leg | None, reply: LegReply) -> RowBlock:
     if reply.rows is None:
-        raise MissingRows(f"the {leg} leg sent no routed-expert rows", leg=leg, stage="merge")
+        raise MissingRows(f"the {_name_of(leg)} sent no routed-expert rows", leg=leg, stage="merge")
     return reply.rows
 
 

@@ -3,6 +3,7 @@
 It reads no socket. Neighbours: `common.config` (flags, TOML and help derive from these declarations), `process`.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -20,8 +21,12 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
     prefill: Annotated[
         tuple[tuple[str, int], ...],
         option("a prefill worker: its URL and its bootstrap port; repeatable", metavar=("URL", "BOOTSTRAP_PORT")),
-    ]
-    decode: Annotated[tuple[str, ...], option("a decode worker's URL; repeatable", metavar="URL")]
+    ] = ()
+    decode: Annotated[tuple[str, ...], option("a decode worker's URL; repeatable", metavar="URL")] = ()
+    worker: Annotated[
+        tuple[str, ...],
+        option("an aggregated worker's URL, in the place of prefill and decode workers; repeatable", metavar="URL"),
+    ] = ()
     policy: Annotated[PolicyName, option("how a prefill and a decode worker are picked")] = "least_loaded"
     verify_rows: Annotated[bool, option("check every routed-expert row once more after the merge")] = True
     connect_deadline_s: Annotated[float, option("longest time to connect to a worker", unit="s", gt=0)] = 5.0
@@ -44,7 +49,17 @@ def parse_router_config(argv: list[str]) -> RouterConfig:
     config = parse_config(
         RouterConfig, argv, prog="python -m router", description="Tandem's router: one request, one pair of workers."
     )
-    for flag, urls in (("--prefill", [url for url, _ in config.router.prefill]), ("--decode", config.router.decode)):
+    router = config.router
+    pairs: list[tuple[str, Sequence[str]]] = [
+        ("--prefill", [url for url, _ in router.prefill]),
+        ("--decode", router.decode),
+    ]
+    for flag, urls in pairs:
+        if urls and router.worker:
+            raise UsageError(f"{flag}: there are pairs or aggregated workers (--worker), not both")
+        if not urls and not router.worker:
+            raise UsageError(f"{flag} is required, unless there are aggregated workers (--worker)")
+    for flag, urls in (*pairs, ("--worker", router.worker)):
         for url in urls:
             _check_url(flag, url)
     for _, port in config.router.prefill:

@@ -93,9 +93,7 @@ async def stream(
                 else:
                     last = event
     if last is None:
-        raise LegFailed(
-            f"decode leg on {worker.url}: the stream ended without a last event", leg="decode", stage="stream"
-        )
+        raise LegFailed(f"{worker.label}: the stream ended without a last event", leg=worker.leg, stage="stream")
     yield last
 
 
@@ -136,28 +134,26 @@ def _checked(worker: Worker, reply: LegReply) -> LegReply:
     reason = reply.meta_info.finish_reason
     if reason.type == "abort" and not reply.is_aborted:
         raise LegFailed(
-            f"{worker.role} leg on {worker.url} was aborted: {reason.message or reason.cause or 'it says not why'}",
-            leg=worker.role,
+            f"{worker.label} was aborted: {reason.message or reason.cause or 'it says not why'}",
+            leg=worker.leg,
             stage="generate",
         )
     return reply
 
 
 def _nonsense(worker: Worker, why: object) -> LegFailed:
-    return LegFailed(
-        f"{worker.role} leg on {worker.url}: its reply cannot be read: {why}", leg=worker.role, stage="reply"
-    )
+    return LegFailed(f"{worker.label}: its reply cannot be read: {why}", leg=worker.leg, stage="reply")
 
 
 def _report(worker: Worker, status: int, body: bytes | bytearray) -> ErrorReport:
     """Make the client's error of a worker's: the client's own mistakes as they are, a failure as one of the leg's."""
-    report = msgspec.structs.replace(decode_error(status, body), leg=worker.role)
+    report = msgspec.structs.replace(decode_error(status, body), leg=worker.leg)
     if 400 <= status < 500:
         return report
     return msgspec.structs.replace(
         report,
         status=504 if status == 504 else 502,
-        message=f"{worker.role} leg on {worker.url} failed: {report.message}",
+        message=f"{worker.label} failed: {report.message}",
         stage=report.stage or "generate",
     )
 
@@ -165,16 +161,16 @@ def _report(worker: Worker, status: int, body: bytes | bytearray) -> ErrorReport
 @contextmanager
 def _failures_of(worker: Worker) -> Iterator[None]:
     """Turn the HTTP client's exceptions into our own, which name the leg, the worker and the stage."""
-    place = f"{worker.role} leg on {worker.url}"
+    place = worker.label
     try:
         yield
     except aiohttp.ConnectionTimeoutError as error:
-        raise DeadlineExceeded(f"{place}: no connection in time", leg=worker.role, stage="connect") from error
+        raise DeadlineExceeded(f"{place}: no connection in time", leg=worker.leg, stage="connect") from error
     except aiohttp.ClientConnectorError as error:
-        raise LegFailed(f"{place}: no connection: {error}", leg=worker.role, stage="connect") from error
+        raise LegFailed(f"{place}: no connection: {error}", leg=worker.leg, stage="connect") from error
     except (aiohttp.ClientError, OSError) as error:
         what = str(error) or type(error).__name__
-        raise LegFailed(f"{place}: connection lost: {what}", leg=worker.role, stage="reply") from error
+        raise LegFailed(f"{place}: connection lost: {what}", leg=worker.leg, stage="reply") from error
 
 
 def _headers(accept: str) -> dict[str, str]:

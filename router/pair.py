@@ -1,5 +1,7 @@
 """One prompt over one pair of workers: both legs at once, and the failure of one is the end of both.
 
+Where the workers are aggregated there is only one of them, and it is asked as the decode leg is.
+
     answer   prefill ----------> reply \\
              decode  ----------------------> reply -> combine -> Answer
     stream   prefill ----------> reply ............\\
@@ -24,7 +26,7 @@ from common.messages import Bootstrap, ErrorReport, ReportedError
 from common.protocol.generate import Sample
 from common.protocol.legs import LegReply, encode_leg
 from common.protocol.replies import Reply
-from router.combine import Answer, combine_pair, combine_score, combine_unfinished, is_unfinished
+from router.combine import Answer, combine_pair, combine_unfinished, combine_whole, is_unfinished
 from router.legs import fetch, stream
 from router.membership import Membership, Worker
 from router.metrics import RouterMetrics
@@ -63,7 +65,9 @@ class Pairs:
         with self._reported(sample):
             n = sample.options.sampling.n
             if sample.options.sampling.max_new_tokens == 0:
-                return [self._counted(await self._score(sample, deadline))] * n
+                return [await self._score(sample, deadline)]
+            if not self._membership.has_pairs:
+                return await self._answer_alone(sample, self._membership.pick_aggregated(), deadline)
             async with self._legs(sample) as (pair, bootstrap):
                 body = encode_leg(sample, rid=pair.open.leg_rid, bootstrap=bootstrap, stream=False)
                 async with (
@@ -79,16 +83,19 @@ class Pairs:
             return [await self._combined(sample, index, prefill, reply) for index, reply in enumerate(replies)]
 
     async def stream(self, sample: Sample, *, deadline: float) -> AsyncGenerator[SampleEvent, None]:
-        """Run a prompt: the decode leg's events as they come, with the client's rid, and an Answer as each sample's last one.
+        """Run a prompt: the events of its tokens as they come, with the client's rid, and an Answer as each sample's last one.
 
         Close the generator when done with it (`contextlib.aclosing`).
         """
         with self._reported(sample):
             n = sample.options.sampling.n
             if sample.options.sampling.max_new_tokens == 0:
-                answer = self._counted(await self._score(sample, deadline))
-                for index in range(n):
-                    yield SampleEvent(index, answer)
+                yield SampleEvent(0, await self._score(sample, deadline))
+                return
+            if not self._membership.has_pairs:
+                async with aclosing(self._stream_alone(sample, self._membership.pick_aggregated(), deadline)) as alone:
+                    async for told in alone:
+                        yield told
                 return
             async with self._legs(sample) as (pair, bootstrap):
                 rid = pair.open.leg_rid
@@ -116,15 +123,44 @@ class Pairs:
                             yield SampleEvent(index, combine_unfinished(sample, end.reply))
 
     async def _score(self, sample: Sample, deadline: float) -> Answer:
-        """Run a prompt that asks for no tokens, on the prefill leg alone: all its samples are alike."""
-        prefill = self._membership.pick_prefill()
-        entry = OpenSample(sample.rid, new_rid(), (prefill,))
-        body = encode_leg(sample, rid=entry.leg_rid, bootstrap=None, stream=False)
-        with prefill.busy(), self._registry.entered(entry):
-            async with _running(fetch(self._session, prefill, body)) as leg:
-                await _until([leg], [(prefill, leg)], deadline)
-                (reply,) = leg.result()
-        return await combine_score(sample, reply, verify_rows=self._verify_rows)
+        """Run a prompt that asks for no tokens, and so for one answer, on the prefill leg alone."""
+        members = self._membership
+        worker = members.pick_prefill() if members.has_pairs else members.pick_aggregated()
+        (answer,) = await self._answer_alone(sample, worker, deadline)
+        return answer
+
+    async def _answer_alone(self, sample: Sample, worker: Worker, deadline: float) -> list[Answer]:
+        """Run a prompt on one worker that needs no other one."""
+        with self._alone(sample, worker) as rid:
+            body = encode_leg(sample, rid=rid, bootstrap=None, stream=False)
+            async with _running(fetch(self._session, worker, body, n=sample.options.sampling.n)) as leg:
+                await _until([leg], [(worker, leg)], deadline)
+                replies = leg.result()
+        return [await self._whole(sample, worker, reply) for reply in replies]
+
+    async def _stream_alone(self, sample: Sample, worker: Worker, deadline: float) -> AsyncGenerator[SampleEvent, None]:
+        """Stream a prompt from one worker that needs no other one."""
+        num_running = n = sample.options.sampling.n
+        with self._alone(sample, worker) as rid:
+            body = encode_leg(sample, rid=rid, bootstrap=None, stream=True)
+            async with aclosing(stream(self._session, worker, body, n=n)) as events:
+                while num_running:
+                    event = await _next_of(events, worker, deadline)
+                    if isinstance(event, LegReply):
+                        num_running -= 1
+                        yield SampleEvent(event.index, await self._whole(sample, worker, event))
+                    else:
+                        yield SampleEvent(_index_of(event), _renamed(event, sample.rid))
+
+    async def _whole(self, sample: Sample, worker: Worker, reply: LegReply) -> Answer:
+        return self._counted(await combine_whole(sample, worker.leg, reply, verify_rows=self._verify_rows))
+
+    @contextmanager
+    def _alone(self, sample: Sample, worker: Worker) -> Iterator[str]:
+        """Count a worker as busy with a prompt, and name the prompt as long as it lasts; gives the rid for the worker."""
+        entry = OpenSample(sample.rid, new_rid(), (worker,))
+        with worker.busy(), self._registry.entered(entry):
+            yield entry.leg_rid
 
     @asynccontextmanager
     async def _legs(self, sample: Sample) -> AsyncIterator[tuple["_Pair", Bootstrap]]:
@@ -259,15 +295,20 @@ async def _next(
             return coming.result()
     prefill_leg.result()
     # Nearly all events come after the prefill leg has answered, and need no task of their own.
+    return await _next_of(events, pair.decode, deadline)
+
+
+async def _next_of(events: AsyncGenerator[Reply | LegReply, None], worker: Worker, deadline: float) -> Reply | LegReply:
+    """Wait for a worker's next event."""
     try:
         async with asyncio.timeout_at(deadline):
             return await anext(events)
     except TimeoutError as error:
-        raise _too_late([pair.decode]) from error
+        raise _too_late([worker]) from error
 
 
 def _too_late(waiting_for: Sequence[Worker]) -> DeadlineExceeded:
-    places = ", ".join(f"the {worker.role} leg on {worker.url}" for worker in waiting_for)
+    places = ", ".join(f"the {worker.label}" for worker in waiting_for)
     return DeadlineExceeded(
-        f"the request's deadline passed, waiting for {places}", leg=waiting_for[0].role, stage="request"
+        f"the request's deadline passed, waiting for {places}", leg=waiting_for[0].leg, stage="request"
     )

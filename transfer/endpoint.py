@@ -5,6 +5,7 @@ engine's thread only calls `submit` and `events`, which are a deque each. NIXL's
 inline), so they never run in the engine's loop (R16).
 """
 
+import sys
 import threading
 import time
 from collections import deque
@@ -23,8 +24,15 @@ Item = TypeVar("Item")
 
 IDLE_WAIT_S = 0.2
 """Longest wait of an idle endpoint; messages and commands end it at once."""
-BUSY_WAIT_S = 0.0003
-"""Pause between two looks at NIXL, which has nothing to wait on, while rooms are open."""
+LANDING_WAIT_S = 0.001
+"""Pause between two looks at NIXL, which has nothing to wait on, while a peer may be writing; its word ends the pause at once.
+Over TCP NIXL needs the looks of both ends to move data."""
+NAP_S = 0.00002
+"""Pause between two looks at NIXL when the next one may be what a request waits for: long enough to leave the interpreter lock
+and the core to others, short beside a write. One look makes all the progress that can be made."""
+SWITCH_INTERVAL_S = 0.0002
+"""After how long a thread that holds the interpreter lock must give it to one that waits. Each call into NIXL gives the lock
+away, and Python's own 5 ms could be what it costs to get it back while the engine's thread launches a step."""
 
 
 class Link(Protocol[Inbound, Outbound]):
@@ -37,7 +45,7 @@ class Link(Protocol[Inbound, Outbound]):
         """All messages that are here, with their senders."""
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until a message is here, `wake` is called, or the time is up."""
+        """Sleep until a message is here, `wake` is called, or the time is up. Less than 1 ms is slept whatever comes."""
 
     def wake(self) -> None:
         """End a `wait`; may be called by any thread."""
@@ -98,7 +106,8 @@ class TransferThread:
         self._failure: Exception | None = None
 
     def start(self) -> None:
-        """Start turning."""
+        """Start turning, and have the process's threads take turns often enough for it."""
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         self._thread.start()
 
     def check(self) -> None:

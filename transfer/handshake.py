@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from common.messages import Hello, PoolInfo
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the control messages; raised whenever one of them changes."""
 
 

@@ -30,7 +30,7 @@ from common.messages import (
 )
 from transfer.agent import TransferAgent
 from transfer.config import TransferOptions
-from transfer.endpoint import BUSY_WAIT_S, IDLE_WAIT_S, Link, Mailbox
+from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, Link, Mailbox
 from transfer.handshake import PROTOCOL
 from transfer.plan import WriteTag
 from transfer.state import ReceiverState, advance
@@ -70,7 +70,9 @@ class KvArrived(Struct, frozen=True, kw_only=True):
     wait_seconds: float
     """From asking until all was here, the prefill's own time included."""
     write_seconds: float
-    """How long writes were in progress."""
+    """How long at least one write was in progress."""
+    exposed_seconds: float
+    """How much of the transfer the request waited for: `KvDone.exposed_seconds`."""
     num_bytes: int
 
 
@@ -175,8 +177,11 @@ class Receiver:
 
     def wait(self) -> None:
         """Sleep until there may be something to do."""
-        landing = any(room.state is ReceiverState.REQUESTED for room in self._rooms.values())
-        self._link.wait(BUSY_WAIT_S if landing else IDLE_WAIT_S)
+        open_rooms = [room for room in self._rooms.values() if room.state is ReceiverState.REQUESTED]
+        if any(room.done is not None for room in open_rooms):
+            self._link.wait(NAP_S)  # all is written, and only notifications are outstanding
+        else:
+            self._link.wait(LANDING_WAIT_S if open_rooms else IDLE_WAIT_S)
 
     def close(self) -> None:
         """Close the control sockets."""
@@ -281,6 +286,7 @@ class Receiver:
             first_token=room.done.first_token,
             wait_seconds=self._now - room.asked_at,
             write_seconds=room.done.write_seconds,
+            exposed_seconds=room.done.exposed_seconds,
             num_bytes=num_bytes,
         )
         self.mailbox.emit(arrived)

@@ -6,12 +6,18 @@ completed the peer is told. A room ends with exactly one `RoomClosed` to the eng
 `KvClosed` to the peer (if it had asked), both only after every posted write has completed: that is what makes pages safe to
 reuse on either side (R11).
 
+A chunk's pages are written while the next chunk is computed: the engine reports them when the chunk's step has settled, and
+with overlap the next step runs by then. So a request waits for the last chunk's write alone, and then for one message: `KvDone`
+says that all is written and brings the first token, and is not answered. The peer asks as soon as it has a seat, which is before
+the prefill has ended unless the peer is full.
+
 It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other.
 """
 
 import logging
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import assert_never
@@ -34,7 +40,7 @@ from common.messages import (
 )
 from transfer.agent import TransferAgent, Write, WriteState
 from transfer.config import TransferOptions
-from transfer.endpoint import BUSY_WAIT_S, IDLE_WAIT_S, Link, Mailbox
+from transfer.endpoint import IDLE_WAIT_S, NAP_S, Link, Mailbox
 from transfer.handshake import refusal_of
 from transfer.plan import WriteTag
 from transfer.state import SenderState, advance
@@ -67,6 +73,8 @@ class FinishRoom(Struct, frozen=True):
 
     room: int
     first_token: FirstToken
+    computed_at: float
+    """When the engine knew the token, by the sender's clock; what comes after it delays the request."""
 
 
 class CancelRoom(Struct, frozen=True):
@@ -99,16 +107,19 @@ class _Room:
     # What the own engine has told.
     opened: OpenRoom | None = None
     ready_pages: list[int] = field(default_factory=list)
-    first_token: FirstToken | None = None
+    finished: FinishRoom | None = None
     # What the peer has told.
     peer: str | None = None
     request: KvRequest | None = None
+    asked_at: float = 0.0
     # How far it is.
     num_posted_pages: int = 0
     num_writes: int = 0
-    in_progress: list[tuple[Write, float]] = field(default_factory=list)
-    """Posted writes, and when each was posted."""
+    in_progress: list[Write] = field(default_factory=list)
+    writing_since: float = 0.0
+    """When the first of the writes in progress was posted to a room that had none."""
     write_seconds: float = 0.0
+    """How long at least one write was in progress, up to when there last was none."""
     # Why it drains.
     error: str | None = None
 
@@ -131,6 +142,7 @@ class Sender:
         *,
         peer_id: str,
         weight_version: str,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._agent = agent
         self._link = link
@@ -139,6 +151,7 @@ class Sender:
         self._options = options
         self._peer_id = peer_id
         self._weight_version = weight_version
+        self._clock = clock
         self._peers: dict[str, PoolInfo] = {}
         self._refusals: dict[str, str] = {}
         self._rooms: dict[int, _Room] = {}
@@ -170,7 +183,7 @@ class Sender:
     def wait(self) -> None:
         """Sleep until there may be something to do."""
         writing = any(room.in_progress for room in self._rooms.values())
-        self._link.wait(BUSY_WAIT_S if writing else IDLE_WAIT_S)
+        self._link.wait(NAP_S if writing else IDLE_WAIT_S)
 
     def close(self) -> None:
         """Close the control sockets."""
@@ -188,7 +201,7 @@ class Sender:
             case PagesReady() if room is not None:
                 room.ready_pages += command.pages
             case FinishRoom() if room is not None:
-                room.first_token = command.first_token
+                room.finished = command
                 room.deadline = self._now + self._options.lease_s
             case _:
                 self.num_dropped += 1  # the room has closed meanwhile, and the engine will hear of it
@@ -246,9 +259,11 @@ class Sender:
             self._send_closed(peer, request.room, request.generation, refusal)
         elif room is None:
             deadline = self._now + self._options.lease_s
-            self._rooms[request.room] = _Room(SenderState.ASKED, deadline, peer=peer, request=request)
+            self._rooms[request.room] = _Room(
+                SenderState.ASKED, deadline, peer=peer, request=request, asked_at=self._clock()
+            )
         elif room.request is None:
-            room.peer, room.request = peer, request
+            room.peer, room.request, room.asked_at = peer, request, self._clock()
             self._match(request.room, room)
         else:
             self.num_dropped += 1  # a duplicate
@@ -300,24 +315,24 @@ class Sender:
             self._drain(room_id, room, message)
 
     def _progress(self, room_id: int, room: _Room) -> None:
-        """Look at posted writes, post what has become ready, close the room when all is done."""
-        failed = False
-        still: list[tuple[Write, float]] = []
-        for write, posted_at in room.in_progress:
-            state = self._agent.poll(write)
-            failed |= state is WriteState.FAILED
-            if state is WriteState.IN_PROGRESS:
-                still.append((write, posted_at))
-            else:
-                room.write_seconds += time.perf_counter() - posted_at
-        room.in_progress = still
-        if failed:
-            self._drain(room_id, room, "a KV write failed: the decode worker is gone or refused it")
-        elif room.state is SenderState.SENDING:
+        """Post what has become ready, look at posted writes, close the room when all is done."""
+        if room.state is SenderState.SENDING:
             self._post(room_id, room)
-        sent = room.state is SenderState.SENDING and room.first_token is not None
+        if self._look(room):
+            self._drain(room_id, room, "a KV write failed: the decode worker is gone or refused it")
+        sent = room.state is SenderState.SENDING and room.finished is not None
         if not room.in_progress and (sent or room.state is SenderState.DRAINING):
             self._close(room_id, room)
+
+    def _look(self, room: _Room) -> bool:
+        """Look once at each write in progress; whether one has failed."""
+        if not room.in_progress:
+            return False
+        states = [(write, self._agent.poll(write)) for write in room.in_progress]
+        room.in_progress = [write for write, state in states if state is WriteState.IN_PROGRESS]
+        if not room.in_progress:
+            room.write_seconds += self._clock() - room.writing_since
+        return any(state is WriteState.FAILED for _, state in states)
 
     def _post(self, room_id: int, room: _Room) -> None:
         assert room.request is not None
@@ -326,7 +341,7 @@ class Sender:
         begin, end = max(first, room.num_posted_pages), len(room.ready_pages)
         if begin >= end:
             return
-        posted_at = time.perf_counter()
+        posted_at = self._clock()
         tag = WriteTag(room_id, room.request.generation, room.num_writes).encode()
         try:
             write = self._agent.write(
@@ -337,7 +352,9 @@ class Sender:
             return
         room.num_posted_pages = end
         room.num_writes += 1
-        room.in_progress.append((write, posted_at))
+        if not room.in_progress:
+            room.writing_since = posted_at
+        room.in_progress.append(write)
         self.num_writes += 1
         self.num_bytes += write.num_bytes
 
@@ -358,7 +375,7 @@ class Sender:
         if room.request is not None and room.peer is not None:
             generation = room.request.generation
             if room.error is None:
-                assert room.first_token is not None
+                assert room.finished is not None
                 total = room.request.first_page + len(room.request.pages)
                 assert max(room.num_posted_pages, room.request.first_page) == total, "a page was not reported"
                 done = KvDone(
@@ -366,7 +383,8 @@ class Sender:
                     generation=generation,
                     num_writes=room.num_writes,
                     write_seconds=room.write_seconds,
-                    first_token=room.first_token,
+                    exposed_seconds=self._clock() - max(room.finished.computed_at, room.asked_at),
+                    first_token=room.finished.first_token,
                 )
                 self._link.send(room.peer, done)
             else:

@@ -1,131 +1,281 @@
-"""From a step's plan to the tensors of its forward pass. One place where positions become slots and pages."""
+"""From a step's plan to the tensors of its forward pass. One place where positions become slots and pages.
 
+`lay_out` makes host arrays of the plan, a few array operations whatever the number of entries, and `upload_layout` makes tensors
+of these. Shape letters: n entries of the plan, T tokens, S draws, N scored positions.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.engine.device import Device, as_int64
+from common.engine.device import StepStaging
 from common.engine.sampler import SamplingBatch
-from common.kernels.attention import AttentionPlan
-from common.memory.layout import num_pages_for, slots_of
+from common.kernels.attention import AttentionBackend, AttentionPlan
+from common.memory.kv_pool import KvPool
+from common.memory.layout import num_pages_for
 from common.memory.request_table import RequestTable
 from common.models.forward import ForwardBatch, RoutingSink
 from common.scheduling.step_plan import StepEntry, StepPlan
 
+Ints = npt.NDArray[np.int64]
+Column = TypeVar("Column", Ints, torch.Tensor)
+
+ON_DEVICE = -1
+"""In place of a token id that the host does not know."""
+
+
+class PerToken(NamedTuple, Generic[Column]):
+    """Int64 columns `[T]`, on the host or on the device."""
+
+    token_ids: Column
+    """`[0, V)`; `ON_DEVICE` for the last token of the token's table row."""
+    positions: Column
+    slots: Column
+    rows: Column
+    """Request-table rows."""
+
+
+class PerDraw(NamedTuple, Generic[Column]):
+    """Int64 columns `[S]`, on the host or on the device."""
+
+    last_tokens: Column
+    """`[0, T)`: where in the step the token stands whose logits are drawn from."""
+    rows: Column
+    """Request-table rows."""
+    seeds: Column
+    positions: Column
+    """Of the tokens that are drawn."""
+    top_ks: Column
+
+
+def split_ints(ints: Column, num_tokens: int, num_draws: int) -> tuple[PerToken[Column], PerDraw[Column]]:
+    """View a step's packed int64 `[4 * T + 5 * S]` by its columns. With T = S it is a matrix `[9, T]` of them."""
+    num_token_ints = len(PerToken._fields) * num_tokens
+    return (
+        PerToken(*ints[:num_token_ints].reshape(len(PerToken._fields), num_tokens)),
+        PerDraw(*ints[num_token_ints:].reshape(len(PerDraw._fields), num_draws)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredLayout:
+    """The positions of a step whose next prompt token's logprob is wanted, N in all."""
+
+    ints_2N: Ints
+    """Where in the step they stand, and the prompt's own token at the position after each."""
+    top_count: int
+    counts: tuple[int, ...]
+    """`[n]`: how many of the N belong to each entry of the plan."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLayout:
+    """A plan in host arrays, which belong to this step: the entries' tokens one after the other, then their draws likewise."""
+
+    ints: Ints
+    """`[4 * T + 5 * S]`: `tokens` and `draws` are views of it (`split_ints`)."""
+    tokens: PerToken[Ints]
+    draws: PerDraw[Ints]
+    params_3S: npt.NDArray[np.float32]
+    """Temperature, top-p and min-p of each draw."""
+    attention: AttentionPlan
+    draw_entries: Ints
+    """`[S]`: the plan's entry that each draw belongs to; one with n samples stands here n times."""
+    all_known: bool
+    """No token is `ON_DEVICE`."""
+    any_filtered: bool
+    any_logit_changes: bool
+    top_count: int
+    """The most likeliest tokens that a draw has to come with."""
+    scored: ScoredLayout | None
+    """None when no prompt logprobs are wanted."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return len(self.tokens.slots)
+
+    @property
+    def num_draws(self) -> int:
+        """S."""
+        return len(self.draws.rows)
+
+
+def lay_out(plan: StepPlan, table: RequestTable, page_size: int) -> StepLayout:
+    """Describe a plan in arrays; entries and table may change afterwards."""
+    rows, starts, stops, samples, known = np.array(
+        [(e.request.row, e.start, e.stop, e.samples, e.request.num_known_tokens) for e in plan.entries], dtype=np.int64
+    ).T
+    num_queries = stops - starts
+    query_starts = _starts_of(num_queries)
+    draw_entries = np.repeat(np.arange(len(rows)), samples)
+    ints = np.empty(len(PerToken._fields) * query_starts[-1] + len(PerDraw._fields) * len(draw_entries), dtype=np.int64)
+    tokens, draws = split_ints(ints, int(query_starts[-1]), len(draw_entries))
+
+    tokens.rows[:] = np.repeat(rows, num_queries)
+    tokens.positions[:] = _ranges(starts, num_queries)
+    page_index, slot_in_page = np.divmod(tokens.positions, page_size)
+    tokens.slots[:] = table.pages[tokens.rows, page_index].astype(np.int64) * page_size + slot_in_page
+    tokens.token_ids.fill(ON_DEVICE)
+    for i in np.flatnonzero(starts < known).tolist():
+        _put_known_tokens(plan.entries[i], tokens.token_ids[query_starts[i] : query_starts[i + 1]])
+
+    draws.last_tokens[:] = query_starts[1:][draw_entries] - 1
+    draws.rows[:] = rows[draw_entries]
+    draws.seeds[:] = (table.seeds[draws.rows] + _ranges(np.zeros_like(samples), samples)) & (2**63 - 1)
+    draws.positions[:] = stops[draw_entries]
+    draws.top_ks[:] = table.top_ks[draws.rows]
+    params_3S = table.params_3R[:, draws.rows]
+
+    num_pages = -(-stops // page_size)
+    width = int(num_pages.max())
+    return StepLayout(
+        ints=ints,
+        tokens=tokens,
+        draws=draws,
+        params_3S=params_3S,
+        attention=AttentionPlan(
+            query_starts=query_starts.astype(np.int32),
+            context_tokens=stops.astype(np.int32),
+            page_starts=_starts_of(num_pages).astype(np.int32),
+            pages=table.pages[:, :width][rows][np.arange(width) < num_pages[:, None]],
+        ),
+        draw_entries=draw_entries,
+        all_known=bool((tokens.token_ids != ON_DEVICE).all()),
+        any_filtered=bool(table.is_filtered[draws.rows].any()),
+        any_logit_changes=bool(table.changes_logits[draws.rows].any()),
+        top_count=int(table.num_top_logprobs[draws.rows].max(initial=0)),
+        scored=_lay_out_scored(plan.entries, table, rows, starts, stops, query_starts),
+    )
+
+
+def _put_known_tokens(entry: StepEntry, token_ids: Ints) -> None:
+    """Fill in what the host knows of an entry's tokens: the prompt's, then those generated."""
+    request, start = entry.request, entry.start
+    num_prompt_tokens = request.num_prompt_tokens
+    if start < num_prompt_tokens:
+        prompt = request.prompt[start : entry.stop]
+        token_ids[: len(prompt)] = prompt
+    for position in range(max(start, num_prompt_tokens), min(entry.stop, request.num_known_tokens)):
+        token_ids[position - start] = request.output_ids[position - num_prompt_tokens]
+
+
+def _lay_out_scored(
+    entries: Sequence[StepEntry], table: RequestTable, rows: Ints, starts: Ints, stops: Ints, query_starts: Ints
+) -> ScoredLayout | None:
+    """Find the positions that predict a prompt token whose logprob is wanted: token p + 1 is predicted at position p."""
+    first = np.maximum(starts, table.scored_from[rows])
+    counts = np.maximum(0, np.minimum(stops, table.scored_to[rows]) - first)
+    scored = np.flatnonzero(counts)
+    if len(scored) == 0:
+        return None
+    prompts = [entries[i].request.prompt[first[i] + 1 : first[i] + 1 + counts[i]] for i in scored.tolist()]
+    return ScoredLayout(
+        ints_2N=np.stack((_ranges(query_starts[:-1] + first - starts, counts), np.concatenate(prompts))),
+        top_count=int(table.num_top_logprobs[rows[scored]].max()),
+        counts=tuple(counts.tolist()),
+    )
+
+
+def _starts_of(counts: Ints) -> Ints:
+    """`[n + 1]`: where each of n runs begins if they stand one after the other, and the end of the last."""
+    starts = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=starts[1:])
+    return starts
+
+
+def _ranges(starts: Ints, counts: Ints) -> Ints:
+    """The numbers `[starts[i], starts[i] + counts[i])` of all i, one run after the other."""
+    run_starts = _starts_of(counts)
+    return np.arange(run_starts[-1]) + np.repeat(starts - run_starts[:-1], counts)
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """The positions of a step whose next prompt token's logprob is wanted, N in all."""
+    """A `ScoredLayout` on the device."""
 
     hidden_N: torch.Tensor
     """int64: where in the step they stand."""
     next_tokens_N: torch.Tensor
     """int64: the prompt's own token at the position after each."""
     top_count: int
-    counts: tuple[int, ...]
-    """How many of the N belong to each entry of the plan."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A plan in tensors. `slots` is the host's copy of the forward's slots, `[T]`."""
+    """A layout in tensors, which belong to this step."""
 
     forward: ForwardBatch
-    slots: npt.NDArray[np.int64]
-    sampled_rows_S: torch.Tensor
-    """int64: request-table rows of the entries that sample."""
-    last_tokens_S: torch.Tensor
-    """int64: where in the step the token stands whose logits they are drawn from."""
-    draws: tuple[StepEntry, ...]
-    """`[S]`: the entry of each draw; an entry with n samples stands here n times."""
+    draws: PerDraw[torch.Tensor]
     sampling: SamplingBatch | None
     """None when no entry samples."""
     scored: ScoredBatch | None
     """None when no prompt logprobs are wanted."""
 
 
-def build_batch(plan: StepPlan, table: RequestTable, device: Device, page_size: int, routing: RoutingSink) -> StepBatch:
-    """Lay out the plan's entries one after the other and upload them."""
-    token_ids = np.zeros(plan.num_tokens, dtype=np.int64)
-    positions = np.zeros(plan.num_tokens, dtype=np.int64)
-    slots = np.zeros(plan.num_tokens, dtype=np.int64)
-    from_device: list[int] = []
-    rows_from_device: list[int] = []
-    query_starts, page_starts, pages = [0], [0], []
-    for entry in plan.entries:
-        request, begin = entry.request, query_starts[-1]
-        end = begin + entry.num_tokens
-        row_pages = table.pages[request.row]
-        positions[begin:end] = np.arange(entry.start, entry.stop)
-        slots[begin:end] = slots_of(row_pages, entry.start, entry.stop, page_size)
-        num_from_prompt = max(0, min(entry.stop, request.num_prompt_tokens) - entry.start)
-        token_ids[begin : begin + num_from_prompt] = request.prompt[entry.start : entry.start + num_from_prompt]
-        for position in range(entry.start + num_from_prompt, entry.stop):
-            if position < request.num_known_tokens:
-                token_ids[begin + position - entry.start] = request.token_at(position)
-            else:
-                from_device.append(begin + position - entry.start)
-                rows_from_device.append(request.row)
-        query_starts.append(end)
-        pages.append(row_pages[: num_pages_for(entry.stop, page_size)])
-        page_starts.append(page_starts[-1] + len(pages[-1]))
-
-    token_ids_T = device.upload(token_ids)
-    if from_device:
-        token_ids_T[device.upload(as_int64(from_device))] = table.last_tokens[device.upload(as_int64(rows_from_device))]
-    draws = [(entry, query_starts[i + 1] - 1, n) for i, entry in enumerate(plan.entries) for n in range(entry.samples)]
+def upload_layout(
+    layout: StepLayout,
+    staging: StepStaging,
+    last_tokens_R: torch.Tensor,
+    attention: AttentionBackend,
+    routing: RoutingSink,
+) -> StepBatch:
+    """Put a layout onto the device, and the tokens that the host does not know into their places."""
+    tokens, draws = split_ints(staging.upload(layout.ints), layout.num_tokens, layout.num_draws)
     return StepBatch(
         forward=ForwardBatch(
-            token_ids_T=token_ids_T,
-            positions_T=device.upload(positions),
-            slots_T=device.upload(slots),
-            attention=AttentionPlan(
-                query_starts=tuple(query_starts),
-                context_tokens=tuple(entry.stop for entry in plan.entries),
-                page_starts=tuple(page_starts),
-                pages=device.upload(as_int64(np.concatenate(pages))),
-            ),
+            token_ids_T=tokens.token_ids if layout.all_known else known_or_last(tokens, last_tokens_R),
+            positions_T=tokens.positions,
+            slots_T=tokens.slots,
+            attention=attention.plan(layout.attention, staging.upload),
             routing=routing,
         ),
-        slots=slots,
-        sampled_rows_S=device.upload(as_int64([entry.request.row for entry, _, _ in draws])),
-        last_tokens_S=device.upload(as_int64([last for _, last, _ in draws])),
-        draws=tuple(entry for entry, _, _ in draws),
-        sampling=SamplingBatch.of(
-            [entry.request.message.options.sampling for entry, _, _ in draws],
-            [(entry.request.seed + n) % 2**63 for entry, _, n in draws],
-            [entry.stop for entry, _, _ in draws],
-            device,
-        )
-        if draws
-        else None,
-        scored=_build_scored(plan, query_starts, device),
+        draws=draws,
+        sampling=None if layout.num_draws == 0 else sampling_of(layout, draws, staging.upload(layout.params_3S)),
+        scored=None if layout.scored is None else _upload_scored(layout.scored, staging),
     )
 
 
-def _build_scored(plan: StepPlan, query_starts: list[int], device: Device) -> ScoredBatch | None:
-    """Find the positions that predict a prompt token whose logprob is wanted: token p + 1 is predicted at position p."""
-    hidden: list[npt.NDArray[np.int64]] = []
-    next_tokens: list[npt.NDArray[np.int32]] = []
-    counts: list[int] = []
-    top_count = 0
-    for entry, begin in zip(plan.entries, query_starts, strict=False):
-        options, prompt = entry.request.message.options, entry.request.prompt
-        wanted = options.return_logprob and options.logprob_start_len >= 0
-        first = max(entry.start, options.logprob_start_len - 1) if wanted else entry.stop
-        last = max(first, min(entry.stop, len(prompt) - 1))
-        hidden.append(np.arange(first, last) - entry.start + begin)
-        next_tokens.append(prompt[first + 1 : last + 1])
-        counts.append(last - first)
-        if last > first:
-            top_count = max(top_count, options.top_logprobs_num)
-    if not any(counts):
-        return None
-    return ScoredBatch(
-        hidden_N=device.upload(np.concatenate(hidden)),
-        next_tokens_N=device.upload(as_int64(np.concatenate(next_tokens))),
-        top_count=top_count,
-        counts=tuple(counts),
+def padding_batch(
+    num_tokens: int,
+    kv_pool: KvPool,
+    attention: AttentionBackend,
+    upload: Callable[[npt.NDArray[Any]], torch.Tensor],
+    routing: RoutingSink,
+) -> ForwardBatch:
+    """One request of `num_tokens` zeros whose every page is the padding page: a step for compiling and measuring."""
+    page_size = kv_pool.layout.page_size
+    starts = np.array([0, num_tokens], dtype=np.int32)
+    pages = np.full(num_pages_for(num_tokens, page_size), kv_pool.padding_page, dtype=np.int32)
+    plan = AttentionPlan(starts, starts[1:], np.array([0, len(pages)], dtype=np.int32), pages)
+    zeros_T = upload(np.zeros(num_tokens, dtype=np.int64))
+    slots_T = zeros_T + kv_pool.padding_page * page_size
+    return ForwardBatch(zeros_T, zeros_T, slots_T, attention.plan(plan, upload), routing)
+
+
+def known_or_last(tokens: PerToken[torch.Tensor], last_tokens_R: torch.Tensor) -> torch.Tensor:
+    """The tokens of a step, int64 `[T]`: those that only the device knows come from the table as it is when the step runs."""
+    return torch.where(tokens.token_ids == ON_DEVICE, last_tokens_R[tokens.rows], tokens.token_ids)
+
+
+def sampling_of(layout: StepLayout, draws: PerDraw[torch.Tensor], params_3S: torch.Tensor) -> SamplingBatch:
+    """Put together what the sampler needs to know of the draws; `draws` and `params_3S` are the layout's, on the device."""
+    temperatures_S, top_ps_S, min_ps_S = params_3S
+    return SamplingBatch(
+        temperatures_S=temperatures_S,
+        top_ks_S=draws.top_ks,
+        top_ps_S=top_ps_S,
+        min_ps_S=min_ps_S,
+        seeds_S=draws.seeds,
+        positions_S=draws.positions,
+        any_filtered=layout.any_filtered,
     )
+
+
+def _upload_scored(scored: ScoredLayout, staging: StepStaging) -> ScoredBatch:
+    hidden_N, next_tokens_N = staging.upload(scored.ints_2N)
+    return ScoredBatch(hidden_N, next_tokens_N, scored.top_count)

@@ -11,6 +11,8 @@ from common.memory.layout import KvLayout, num_pages_for
 from common.routed_experts.spec import RowSpec
 
 DEFAULT_CPU_POOL_TOKENS = 32768
+LARGEST_GRAPH = 512
+"""Larger steps compute for so long that launching them one kernel at a time costs nothing."""
 TOKEN_COUNT_BYTES = 5
 """For each row and token: a count in int32, and whether the prompt has it."""
 
@@ -25,7 +27,10 @@ class CapacityPlan(Struct, frozen=True, kw_only=True):
     pages_per_request: int
     max_running_requests: int
     max_step_tokens: int
+    graph_sizes: tuple[int, ...]
+    """Padded batch sizes of decode steps, rising; none is over `max_running_requests`, so a padded step fits all buffers."""
     kv_pool_bytes: int
+    """Of all pages and the padding page."""
     capture_buffer_bytes: int
     token_counts_bytes: int
     """Taken when the first request asks for penalties."""
@@ -53,12 +58,14 @@ def plan_capacity(
     Raises UsageError if not even one page fits.
     """
     max_step_tokens = max(chunked_prefill_tokens, options.max_running_requests)
+    graph_sizes = _graph_sizes(options.max_running_requests)
     capture_buffer_bytes = max_step_tokens * rows.row_bytes
     token_counts_bytes = options.max_running_requests * vocab_size * TOKEN_COUNT_BYTES
     if options.kv_pool_tokens or budget_bytes is None:
         num_pages = (options.kv_pool_tokens or DEFAULT_CPU_POOL_TOKENS) // options.page_size
     else:
-        num_pages = max(0, budget_bytes - capture_buffer_bytes - token_counts_bytes) // layout.page_bytes
+        # One page more is in the pool than anybody is given: the padding page.
+        num_pages = max(0, budget_bytes - capture_buffer_bytes - token_counts_bytes) // layout.page_bytes - 1
     if num_pages < 1:
         raise UsageError("--kv-pool-tokens: the KV pool would not hold a single page")
     return CapacityPlan(
@@ -68,8 +75,16 @@ def plan_capacity(
         pages_per_request=num_pages_for(context_tokens, options.page_size),
         max_running_requests=options.max_running_requests,
         max_step_tokens=max_step_tokens,
-        kv_pool_bytes=num_pages * layout.page_bytes,
+        graph_sizes=graph_sizes,
+        kv_pool_bytes=(num_pages + 1) * layout.page_bytes,
         capture_buffer_bytes=capture_buffer_bytes,
         token_counts_bytes=token_counts_bytes,
         host_cache_bytes=num_pages * options.page_size * rows.row_bytes,
     )
+
+
+def _graph_sizes(max_running_requests: int) -> tuple[int, ...]:
+    """Every power of two and, from 24 on, those half way between: few to capture, and little of a step is padding."""
+    largest = min(max_running_requests, LARGEST_GRAPH)
+    sizes = {1 << shift for shift in range(17)} | {3 << shift for shift in range(3, 15)}
+    return (*sorted(size for size in sizes if size < largest), largest)

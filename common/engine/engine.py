@@ -3,18 +3,20 @@
 It knows no role, no queue, no network: a worker's scheduler decides what a plan holds, `common.engine.loop` when it runs.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.batch import ScoredBatch, StepBatch, build_batch
+from common.engine.backends import Backends, choose_backends
+from common.engine.batch import ScoredBatch, StepLayout, lay_out, padding_batch, upload_layout
 from common.engine.capacity import CapacityPlan, plan_capacity
-from common.engine.device import Device, open_device
-from common.engine.penalties import TokenCounts
-from common.engine.sampler import SamplingBatch, logprobs_of, sample, top_logprobs
+from common.engine.device import Device, StepStaging, open_device
+from common.engine.penalties import LogitChanges, TokenCounts
+from common.engine.sampler import SamplingBatch, sample, top_logprobs
 from common.engine.seats import Seats
 from common.engine.step import Launched
+from common.kernels.reference import logprobs_of
 from common.memory.kv_pool import KvPool
 from common.memory.layout import KvLayout, slots_of
 from common.memory.page_allocator import PageAllocator
@@ -30,6 +32,9 @@ from common.routed_experts.spec import RowSpec
 from common.scheduling.request import Request
 from common.scheduling.step_plan import StepPlan
 
+if TYPE_CHECKING:
+    from common.engine.cuda_graphs import DecodeGraphs
+
 _SCORED_SLICE = 512
 
 
@@ -43,6 +48,7 @@ class Engine:
         config: ModelConfig,
         capacity: CapacityPlan,
         device: Device,
+        backends: Backends,
         kv_pool: KvPool,
         allocator: PageAllocator,
         capturer: RoutedExpertsCapturer,
@@ -61,39 +67,91 @@ class Engine:
         self.num_tokens_computed = 0
         self._model = model
         self._device = device
+        self._backends = backends
+        self._graphs: DecodeGraphs | None = None
         self._capturer = capturer
         self._token_counts = TokenCounts(capacity.max_running_requests, config.vocab_size, device)
 
     @torch.inference_mode()
+    def warm_up(self, *, cuda_graphs: bool) -> None:
+        """Compile what fused kernels need for steps of every size, so that no request waits for it; else, do nothing.
+
+        From then on decode steps run in padded sizes, as CUDA graphs if asked for. Takes seconds, and minutes on a machine
+        where nothing has been compiled before.
+        """
+        backends, capacity = self._backends, self.capacity
+        if backends.flashinfer is None:
+            return
+        from common.engine.cuda_graphs import DecodeGraphs
+
+        sizes = {1 << shift for shift in range(capacity.max_step_tokens.bit_length())} | {capacity.max_step_tokens}
+        for num_tokens in sorted(sizes):
+            forward = padding_batch(num_tokens, self.kv_pool, backends.flashinfer, self._device.upload, self._capturer)
+            hidden_1D = self._model(forward, self.kv_pool)[:1]
+            first = forward.positions_T[:1]
+            backends.kernels.draw(self._model.logits(hidden_1D), first.float(), first, first)
+        self._graphs = DecodeGraphs(
+            self._model,
+            self.kv_pool,
+            backends.flashinfer,
+            self._capturer,
+            self.table.last_tokens,
+            sizes=capacity.graph_sizes,
+            pages_per_request=capacity.pages_per_request,
+            captured=cuda_graphs,
+        )
+
+    @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Queue one forward pass and its copies to the host; the device may still be busy with the step before."""
-        assert plan.num_tokens <= self.capacity.max_step_tokens, "the plan is over the step's token budget"
-        batch = build_batch(plan, self.table, self._device, self.capacity.page_size, self._capturer)
-        ticket = self.host_cache.reserve(batch.slots)
-        hidden_TD = self._model(batch.forward, self.kv_pool)
-        results = {"rows": self._capturer.take(plan.num_tokens)}
+        layout = lay_out(plan, self.table, self.capacity.page_size)
+        assert layout.num_tokens <= self.capacity.max_step_tokens, "the plan is over the step's token budget"
+        staging = self._device.begin_step()
+        ticket = self.host_cache.reserve(layout.tokens.slots)
+        if self._graphs is not None and self._graphs.takes(layout):
+            batch, hidden_TD = self._graphs.run(layout, staging)
+        else:
+            batch = upload_layout(layout, staging, self.table.last_tokens, self._backends.attention, self._capturer)
+            hidden_TD = self._model(batch.forward, self.kv_pool)
+        results = {"rows": self._capturer.take(layout.num_tokens)}
         if batch.sampling is not None:
-            results |= self._sample(batch, batch.sampling, hidden_TD[batch.last_tokens_S])
+            logits_SV = self._model.logits(hidden_TD[batch.draws.last_tokens])
+            changes = self._logit_changes(plan, layout, batch.draws.rows, staging)
+            results |= self._sample(logits_SV, batch.sampling, changes, batch.draws.rows, layout.top_count)
         if batch.scored is not None:
             results |= self._score(batch.scored, hidden_TD)
         self.num_steps += 1
-        self.num_tokens_computed += plan.num_tokens
-        counts = batch.scored.counts if batch.scored is not None else (0,) * len(plan.entries)
-        return Launched(plan, self._device.copy_to_host(results), counts, ticket, self.host_cache)
+        self.num_tokens_computed += layout.num_tokens
+        num_scored = layout.scored.counts if layout.scored is not None else (0,) * len(plan.entries)
+        return Launched(plan, staging.copy_to_host(results), num_scored, ticket, self.host_cache)
 
-    def _sample(self, batch: StepBatch, sampling: SamplingBatch, hidden_SD: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _logit_changes(
+        self, plan: StepPlan, layout: StepLayout, rows_S: torch.Tensor, staging: StepStaging
+    ) -> LogitChanges | None:
+        """What is done to the draws' logits before they are sampled; None, at no cost, in most steps."""
+        if not layout.any_logit_changes:
+            return None
+        draws = [plan.entries[i] for i in layout.draw_entries]
+        return self._token_counts.changes_of(draws, rows_S, self.config.eos_token_ids, staging.upload)
+
+    def _sample(
+        self,
+        logits_SV: torch.Tensor,
+        sampling: SamplingBatch,
+        changes: LogitChanges | None,
+        rows_S: torch.Tensor,
+        top_count: int,
+    ) -> dict[str, torch.Tensor]:
         """Draw the step's tokens, and leave them where the next step finds them."""
-        logits_SV = self._model.logits(hidden_SD)
-        changes = self._token_counts.changes_of(batch.draws, self.config.eos_token_ids)
         if changes is None:
-            tokens_S, logprobs_S = sample(logits_SV, sampling)
+            tokens_S, logprobs_S = sample(logits_SV, sampling, self._backends.kernels)
         else:
-            tokens_S, _ = sample(self._token_counts.apply(logits_SV, changes), sampling)
+            tokens_S, _ = sample(self._token_counts.apply(logits_SV, changes), sampling, self._backends.kernels)
             logprobs_S = logprobs_of(logits_SV, tokens_S)
             self._token_counts.count(changes, tokens_S)
-        self.table.last_tokens[batch.sampled_rows_S] = tokens_S
+        self.table.last_tokens[rows_S] = tokens_S
         results = {"tokens": tokens_S, "logprobs": logprobs_S}
-        if top_count := max(entry.request.message.options.top_logprobs_num for entry in batch.draws):
+        if top_count:
             results["top_logprobs"], results["top_ids"] = top_logprobs(logits_SV, top_count)
         return results
 
@@ -139,8 +197,9 @@ def build_engine(
     """Load the model and allocate all memory. Raises UsageError or CheckpointError for what the operator can mend."""
     config = load_model_config(resolve_checkpoint(model_options.model))
     device = parts.device or open_device(options)
-    model = build_model(config, model_options, device.torch_device)
     dtype = resolve_dtype(config, model_options)
+    backends = choose_backends(options, config, dtype, device.torch_device)
+    model = build_model(config, model_options, device.torch_device, backends.kernels)
     layout = KvLayout(
         page_size=options.page_size,
         num_layers=config.num_hidden_layers,
@@ -165,14 +224,17 @@ def build_engine(
         budget_bytes=device.pool_budget_bytes(options.memory_fraction),
     )
     allocator = PageAllocator(capacity.num_pages)
-    return parts.engine(
+    engine = parts.engine(
         model=model,
         config=config,
         capacity=capacity,
         device=device,
+        backends=backends,
         kv_pool=KvPool(layout, capacity.num_pages, device.torch_device, dtype),
         allocator=allocator,
         capturer=parts.capturer(rows, capacity.max_step_tokens, device.torch_device),
         host_cache=parts.host_cache(rows, allocator.generations, options.page_size),
         weight_version=model_options.weight_version,
     )
+    engine.warm_up(cuda_graphs=options.cuda_graphs)
+    return engine

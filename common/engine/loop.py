@@ -4,6 +4,7 @@ With depth 2 the host settles step n-1 while the device runs step n; with depth 
 path. The loop knows no requests: a worker's role decides what to plan and what a result means.
 """
 
+import gc
 from collections import deque
 from typing import Protocol
 
@@ -111,6 +112,9 @@ def serve(
     loop = Loop(engine, role, overlap=overlap)
     background.start()
     channel.send(describe(engine))
+    # Model, tables and modules stay for good: the collector need not look at them again, in the middle of a step.
+    gc.collect()
+    gc.freeze()
     try:
         while _take_messages(channel, role):
             role.poll()

@@ -7,15 +7,17 @@ the request's tokens alone, so a resumed request goes on as if nothing had happe
 Shape letters: S sampled positions, R rows of the request table, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from common.engine.device import Device, as_int64
+from common.engine.device import Array, Device, as_int64
 from common.scheduling.request import Request
 from common.scheduling.step_plan import StepEntry
+
+Upload = Callable[[Array], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +41,14 @@ class TokenCounts:
         self._generated_RV: torch.Tensor | None = None
         self._in_prompt_RV: torch.Tensor | None = None
 
-    def changes_of(self, draws: Sequence[StepEntry], eos_ids: Sequence[int]) -> LogitChanges | None:
-        """Gather the changes of one step's draws, each at its entry's `stop`; None if no draw asks for any."""
+    def changes_of(
+        self, draws: Sequence[StepEntry], rows_S: torch.Tensor, eos_ids: Sequence[int], upload: Upload
+    ) -> LogitChanges | None:
+        """Gather the changes of one step's draws, each at its entry's `stop`; None if no draw asks for any.
+
+        `draws` are the entries that the draws belong to, and `rows_S` their rows on the device. A step without a row that
+        `RequestTable.changes_logits` has none.
+        """
         requests = [entry.request for entry in draws]
         params = [request.message.options.sampling for request in requests]
         penalties = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for p in params]
@@ -61,9 +69,8 @@ class TokenCounts:
             self._own(
                 [request for request, penalty in zip(requests, penalties, strict=True) if penalty != (1.0, 0.0, 0.0)]
             )
-        upload = self._device.upload
         return LogitChanges(
-            rows_S=upload(as_int64([request.row for request in requests])),
+            rows_S=rows_S,
             penalties_S3=upload(np.asarray(penalties, dtype=np.float32)) if any_penalty else None,
             biases=(
                 upload(as_int64(changed_draws)),
@@ -76,7 +83,7 @@ class TokenCounts:
 
     def apply(self, logits_SV: torch.Tensor, changes: LogitChanges) -> torch.Tensor:
         """Return changed logits: penalties first (repetition, then frequency and presence), biases last."""
-        logits_SV = logits_SV.clone()
+        logits_SV = logits_SV.to(torch.float32, copy=True)
         if changes.penalties_S3 is not None:
             assert self._generated_RV is not None
             assert self._in_prompt_RV is not None

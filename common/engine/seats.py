@@ -26,7 +26,9 @@ class Seats:
     def take(self, request: Request, pages: list[int]) -> None:
         """Seat a request on pages that the caller has allocated or shared for it, in order of their positions."""
         request.pages = pages
-        request.row = self._table.allocate(pages)
+        request.row = self._table.allocate(
+            pages, request.message.options, seed=request.seed, num_prompt_tokens=request.num_prompt_tokens
+        )
         self.holders.add(request)
 
     def grow(self, request: Request, pages: list[int]) -> None:

@@ -4,15 +4,17 @@
 refuses a `Launched` in its place.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice, repeat
-from typing import NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 from common.engine.device import Array, HostCopies
 from common.messages import TopLogprobs
 from common.routed_experts.host_cache import HostCache, WriteTicket
 from common.scheduling.step_plan import StepPlan
+
+Items = TypeVar("Items", list[Any], tuple[Any, ...])
 
 
 class Sampled(NamedTuple):
@@ -30,8 +32,7 @@ class Scored(NamedTuple):
     top_logprobs: list[TopLogprobs]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What one entry of a plan came to: its drawn tokens, one a sample, and the prompt tokens that it scored."""
 
     sampled: tuple[Sampled, ...]
@@ -64,39 +65,51 @@ class Launched:
         self._host_cache = host_cache
 
     def settle(self) -> StepResult:
-        """Wait for the step, commit its routed-expert rows and return its tokens. Call it once."""
+        """Wait for the step, commit its routed-expert rows and return its tokens. Call it once.
+
+        The landed arrays are good until the next launch alone: all that is kept of them is copied here.
+        """
         landed = self._copies.wait()
         self._host_cache.commit(self._ticket, landed["rows"])
-        drawn = _positions(landed, "logprobs", "top_logprobs", "top_ids")
-        tokens = iter(landed["tokens"].tolist() if "tokens" in landed else ())
-        scored = _positions(landed, "prompt_logprobs", "prompt_top_logprobs", "prompt_top_ids")
-        outcomes: list[Outcome] = []
-        for entry, num_scored in zip(self._plan.entries, self._num_scored, strict=True):
-            top_count = entry.request.message.options.top_logprobs_num
-            samples = list(zip(islice(tokens, entry.samples), islice(drawn, entry.samples), strict=True))
-            scores = list(islice(scored, num_scored))
-            assert len(samples) == entry.samples, "fewer tokens were drawn than entries sample"
-            assert len(scores) == num_scored, "fewer tokens were scored than entries ask for"
-            outcomes.append(
-                Outcome(
-                    tuple(Sampled(token, logprob, top[:top_count]) for token, (logprob, top) in samples),
-                    Scored([logprob for logprob, _ in scores], [top[:top_count] for _, top in scores]),
-                )
-            )
-        assert next(tokens, None) is None, "more tokens were drawn than entries sample"
-        assert next(drawn, None) is None, "more logprobs have landed than tokens were drawn"
-        assert next(scored, None) is None, "more tokens were scored than entries ask for"
-        return StepResult(self._plan, tuple(outcomes))
+        num_samples = [entry.samples for entry in self._plan.entries]
+        num_draws, num_scores = sum(num_samples), sum(self._num_scored)
+        drawn = zip(
+            _values(landed, "tokens", num_draws),
+            _values(landed, "logprobs", num_draws),
+            self._likeliest(landed, "top_logprobs", "top_ids", num_samples),
+            strict=True,
+        )
+        sampled = _deal(tuple(map(Sampled._make, drawn)), num_samples)
+        scored = zip(
+            _deal(_values(landed, "prompt_logprobs", num_scores), self._num_scored),
+            _deal(self._likeliest(landed, "prompt_top_logprobs", "prompt_top_ids", self._num_scored), self._num_scored),
+            strict=True,
+        )
+        outcomes = zip(sampled, map(Scored._make, scored), strict=True)
+        return StepResult(self._plan, tuple(map(Outcome._make, outcomes)))
+
+    def _likeliest(
+        self, landed: dict[str, Array], logprobs: str, ids: str, num_positions: Sequence[int]
+    ) -> list[TopLogprobs]:
+        """The likeliest tokens of each position, as many as its entry asks for; `num_positions` is how many each entry has."""
+        if ids not in landed:
+            return [[] for _ in range(sum(num_positions))]
+        top_counts = [
+            entry.request.message.options.top_logprobs_num
+            for entry, num in zip(self._plan.entries, num_positions, strict=True)
+            for _ in range(num)
+        ]
+        rows = zip(landed[logprobs].tolist(), landed[ids].tolist(), top_counts, strict=True)
+        return [list(zip(values[:count], tokens[:count], strict=True)) for values, tokens, count in rows]
 
 
-def _positions(
-    landed: dict[str, Array], logprobs: str, top_logprobs: str, top_ids: str
-) -> Iterator[tuple[float, TopLogprobs]]:
-    """Walk through landed logprobs position by position, each with its likeliest tokens; empty if none have landed."""
-    if logprobs not in landed:
-        return iter(())
-    tops: Iterable[TopLogprobs] = repeat([], len(landed[logprobs]))
-    if top_ids in landed:
-        pairs = zip(landed[top_logprobs].tolist(), landed[top_ids].tolist(), strict=True)
-        tops = (list(zip(values, ids, strict=True)) for values, ids in pairs)
-    return zip(landed[logprobs].tolist(), tops, strict=True)
+def _values(landed: dict[str, Array], name: str, count: int) -> list[Any]:
+    """Copy landed numbers, of which there must be so many; none need have landed if that is 0."""
+    values: list[Any] = landed[name].tolist() if name in landed else []
+    assert len(values) == count, f"{name}: {len(values)} have landed, {count} were to come"
+    return values
+
+
+def _deal(items: Items, counts: Sequence[int]) -> list[Items]:
+    """Cut `items` into runs of `counts` items."""
+    return [items[start:stop] for start, stop in pairwise(accumulate(counts, initial=0))]

@@ -4,8 +4,8 @@ They compute what transformers' Qwen3-MoE computes, rounding included, on any de
 the plan that `paged_attention` follows is described in `common.kernels.attention`.
 
 Shape letters: T tokens, D hidden size, H query heads, h key/value heads, d head size, E experts, K top-k, I expert
-width, Q queries and C context of one request. Caches are one layer's strided views `[page, h, slot in page, d]`
-(`common.memory.kv_pool.KvPool.layer`); the slot of a token is `page * page_size + slot in page`.
+width, Q queries and C context of one request, S sampled positions, V vocabulary. Caches are one layer's strided views
+`[page, h, slot in page, d]` (`common.memory.kv_pool.KvPool.layer`); the slot of a token is `page * page_size + slot in page`.
 """
 
 from itertools import pairwise
@@ -54,19 +54,21 @@ def store_kv(
 
 
 def paged_attention(
-    q_THd: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan
+    q_THd: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, plan: AttentionPlan, pages: torch.Tensor
 ) -> torch.Tensor:
     """Attend each query to its own request's keys up to its own position; returns `[T, H, d]`.
 
-    The step's keys and values are in the cache already (`store_kv` ran first). H is a multiple of h; scores are scaled
-    by 1/sqrt(d). Requests go one by one in decode steps too: one padded batch was 2 to 5 times slower on a CPU.
+    `pages` are the plan's (int32 or int64), on the caches' device. The step's keys and values are in the cache already
+    (`store_kv` ran first). H is a multiple of h; scores are scaled by 1/sqrt(d). Requests go one by one in decode steps
+    too: one padded batch was 2 to 5 times slower on a CPU.
     """
     out_THd = torch.empty_like(q_THd)
-    for i, context_tokens in enumerate(plan.context_tokens):
-        queries = slice(plan.query_starts[i], plan.query_starts[i + 1])
-        pages = plan.pages[plan.page_starts[i] : plan.page_starts[i + 1]]
+    query_starts, page_starts = plan.query_starts.tolist(), plan.page_starts.tolist()
+    for i, context_tokens in enumerate(plan.context_tokens.tolist()):
+        queries = slice(query_starts[i], query_starts[i + 1])
+        own_pages = pages[page_starts[i] : page_starts[i + 1]]
         out_THd[queries] = _attend_one(
-            q_THd[queries], _gather(k_cache, pages, context_tokens), _gather(v_cache, pages, context_tokens)
+            q_THd[queries], _gather(k_cache, own_pages, context_tokens), _gather(v_cache, own_pages, context_tokens)
         )
     return out_THd
 
@@ -141,3 +143,57 @@ def moe_experts(
     out = torch.empty_like(sorted_out)
     out[order] = sorted_out
     return (out.view(num_tokens, top_k, -1) * weights_TK.unsqueeze(-1)).sum(dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ drawing tokens
+
+GREEDY_BELOW = 1e-6
+"""Temperatures under this are greedy."""
+
+_GOLDEN = -0x61C8864680B583EB  # 2**64 / the golden ratio, as a signed 64-bit integer
+_MIX_1 = -0x40A7B892E31B1A47
+_MIX_2 = -0x6B2FB644ECCEEE15
+_UNIFORM_BITS = 23  # with 24, the largest value would round to 1 in float32 and its noise to 0
+
+
+def draw(
+    logits_SV: torch.Tensor, temperatures_S: torch.Tensor, seeds_S: torch.Tensor, positions_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row: `(token ids int64 [S], logprobs float32 [S])`; the logprob is the one of the unscaled logits."""
+    logits_SV = logits_SV.float()
+    greedy_S = logits_SV.argmax(dim=-1)
+    is_greedy_S = temperatures_S < GREEDY_BELOW
+    probs_SV = torch.softmax(logits_SV / torch.where(is_greedy_S, 1.0, temperatures_S)[:, None], dim=-1)
+    tokens_S = torch.where(is_greedy_S, greedy_S, race(probs_SV, seeds_S, positions_S))
+    return tokens_S, logprobs_of(logits_SV, tokens_S)
+
+
+def race(probs_SV: torch.Tensor, seeds_S: torch.Tensor, positions_S: torch.Tensor) -> torch.Tensor:
+    """Draw from (unnormalised) probabilities float32 by an exponential race: the largest quotient probability / noise wins."""
+    return (probs_SV / exponential_noise(seeds_S, positions_S, probs_SV.shape[1])).argmax(dim=-1)
+
+
+def logprobs_of(logits_SV: torch.Tensor, tokens_S: torch.Tensor) -> torch.Tensor:
+    """The logprobs float32 `[S]` of given tokens under the unscaled logits."""
+    return torch.log_softmax(logits_SV, dim=-1, dtype=torch.float32).gather(1, tokens_S[:, None])[:, 0]
+
+
+def exponential_noise(seeds_S: torch.Tensor, positions_S: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Exponential noise float32 `[S, V]`, every value a hash of (seed, position, token id) and greater than 0."""
+    streams_S = _mix(seeds_S + _mix(positions_S * _GOLDEN))
+    counters_V = torch.arange(1, vocab_size + 1, device=seeds_S.device) * _GOLDEN
+    bits_SV = _shift_right(_mix(streams_S[:, None] + counters_V), 64 - _UNIFORM_BITS)
+    uniform_SV = (bits_SV.to(torch.float32) + 0.5) * 2.0**-_UNIFORM_BITS
+    return -torch.log(uniform_SV)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of splitmix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014)."""
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of int64, which torch only shifts arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

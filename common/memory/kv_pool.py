@@ -10,12 +10,16 @@ from common.messages import PoolInfo
 
 
 class KvPool:
-    """Keys and values of `num_pages` pages on one device, zeroed once at start."""
+    """Keys and values of `num_pages` pages on one device, zeroed once at start.
+
+    One more page lies behind them, the padding page: lanes of a padded step that hold no token write there.
+    """
 
     def __init__(self, layout: KvLayout, num_pages: int, device: torch.device, dtype: torch.dtype) -> None:
         self.layout = layout
         self.num_pages = num_pages
-        self.pages = torch.zeros((num_pages, *layout.page_shape), dtype=dtype, device=device)
+        self.padding_page = num_pages
+        self.pages = torch.zeros((num_pages + 1, *layout.page_shape), dtype=dtype, device=device)
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of one layer: two strided views `[page, kv_head, slot, dim]` of the pool."""
@@ -28,6 +32,11 @@ class KvPool:
     def write(self, pages: list[int], content: torch.Tensor) -> None:
         """Copy pages back from the host, before whatever is launched next."""
         self.pages[torch.tensor(pages, device=self.pages.device)] = content.to(self.pages.device)
+
+    def copy(self, page: int, copies: list[int]) -> None:
+        """Copy one page into others on the device, behind what is launched already and before whatever is launched next."""
+        for copy in copies:
+            self.pages[copy].copy_(self.pages[page])
 
     def info(self) -> PoolInfo:
         """Describe the pool to a peer that will write into it."""

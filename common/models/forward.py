@@ -8,15 +8,18 @@ from typing import Protocol
 
 import torch
 
-from common.kernels.attention import AttentionPlan
+from common.kernels.attention import Attention
 from common.memory.kv_pool import KvPool
 
 
 class RoutingSink(Protocol):
-    """Takes the experts that each MoE layer chose; `common.routed_experts.capture` is the one that keeps them."""
+    """Where the experts that each MoE layer chose are written; `common.routed_experts.capture` is the one that keeps them."""
 
-    def record(self, moe_layer: int, expert_ids_TK: torch.Tensor) -> None:
-        """Note `[T, K]` expert ids (any integer dtype) of the `moe_layer`-th MoE layer, counted from 0 over MoE layers alone."""
+    def target(self, moe_layer: int, num_tokens: int) -> torch.Tensor:
+        """The place of the ids of the `moe_layer`-th MoE layer, counted from 0 over MoE layers alone: `[num_tokens, K]`.
+
+        Any integer dtype that holds every id; may be strided, K is contiguous.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +32,10 @@ class ForwardBatch:
     """int64, absolute."""
     slots_T: torch.Tensor
     """int64: where each token's key and value go."""
-    attention: AttentionPlan
+    attention: Attention
     routing: RoutingSink
+    num_tokens: torch.Tensor | None = None
+    """One int64: how many of the T are tokens, if the batch is padded; nothing of the rest is ever read."""
 
 
 class MoeModel(Protocol):

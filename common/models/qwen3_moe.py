@@ -14,24 +14,31 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
-from common.kernels import reference as kernels
+from common.kernels import reference
+from common.kernels.interface import Kernels
 from common.memory.kv_pool import KvPool
 from common.models.config import ModelConfig
 from common.models.forward import ForwardBatch
 from common.models.layers.rotary import rotary_tables
 from common.models.weights import Fused, WeightTable
 
+Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of every position, `[P, d]` each."""
+
 
 class Qwen3Moe(nn.Module):
     """The model with empty weights; `common.models.registry.build_model` returns it filled."""
 
-    def __init__(self, config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, num_positions: int, device: torch.device, dtype: torch.dtype, kernels: Kernels
+    ) -> None:
         """Allocate the weights on `device`. Positions from `num_positions` on must not occur."""
         super().__init__()
         self.config = config
+        self.kernels = kernels
         make = _Maker(device, dtype)
         self.embed_VD = make.matrix(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(_Layer(config, layer, make) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(_Layer(config, layer, make, kernels) for layer in range(config.num_hidden_layers))
         self.norm_D = make.norm(config.hidden_size)
         tied = config.tie_word_embeddings
         self.lm_head_VD = self.embed_VD if tied else make.matrix(config.vocab_size, config.hidden_size)
@@ -41,16 +48,18 @@ class Qwen3Moe(nn.Module):
 
     def forward(self, batch: ForwardBatch, kv_pool: KvPool) -> torch.Tensor:
         """Run the layers, store keys and values, record the routing; returns `[T, D]` after the final norm."""
-        cos_Td = cast(torch.Tensor, self.cos_Pd)[batch.positions_T]
-        sin_Td = cast(torch.Tensor, self.sin_Pd)[batch.positions_T]
+        tables = (cast(torch.Tensor, self.cos_Pd), cast(torch.Tensor, self.sin_Pd))
         x_TD = F.embedding(batch.token_ids_T, self.embed_VD)
+        counts_shape = (len(self.config.moe_layer_ids), self.config.num_experts)
+        counts_LE = torch.zeros(counts_shape, dtype=torch.int32, device=x_TD.device)
+        delta: torch.Tensor | None = None
         for layer in self.layers:
-            x_TD = layer(x_TD, cos_Td, sin_Td, batch, kv_pool)
-        return kernels.rms_norm(x_TD, self.norm_D, self.config.rms_norm_eps)
+            x_TD, delta = layer(x_TD, delta, tables, counts_LE, batch, kv_pool)
+        return self.kernels.add_norm(x_TD, delta, self.norm_D, self.config.rms_norm_eps)[1]
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Project hidden states to float32 logits `[S, V]`; the product itself runs in the model's dtype."""
-        return F.linear(hidden_SD, self.lm_head_VD).float()
+        """Project hidden states to logits `[S, V]` in the model's dtype."""
+        return F.linear(hidden_SD, self.lm_head_VD)
 
     def weight_table(self) -> WeightTable:
         """Say where each tensor of a checkpoint goes, in the names that the Qwen team and transformers use."""
@@ -82,24 +91,31 @@ class _Maker:
 
 
 class _Layer(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, make: _Maker) -> None:
+    def __init__(self, config: ModelConfig, layer: int, make: _Maker, kernels: Kernels) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
+        self.eps, self.kernels = config.rms_norm_eps, kernels
         self.input_norm_D = make.norm(config.hidden_size)
-        self.attention = _Attention(config, layer, make)
+        self.attention = _Attention(config, layer, make, kernels)
         self.mlp_norm_D = make.norm(config.hidden_size)
         if layer in config.moe_layer_ids:
-            self.mlp: _Experts | _DenseMlp = _Experts(config, config.moe_layer_ids.index(layer), make)
+            self.mlp: _Experts | _DenseMlp = _Experts(config, config.moe_layer_ids.index(layer), make, kernels)
         else:
             self.mlp = _DenseMlp(config, make)
 
     def forward(
-        self, x_TD: torch.Tensor, cos_Td: torch.Tensor, sin_Td: torch.Tensor, batch: ForwardBatch, kv_pool: KvPool
-    ) -> torch.Tensor:
-        normed_TD = kernels.rms_norm(x_TD, self.input_norm_D, self.eps)
-        x_TD = x_TD + self.attention(normed_TD, cos_Td, sin_Td, batch, kv_pool)
-        normed_TD = kernels.rms_norm(x_TD, self.mlp_norm_D, self.eps)
-        return x_TD + cast(torch.Tensor, self.mlp(normed_TD, batch))
+        self,
+        x_TD: torch.Tensor,
+        delta: torch.Tensor | None,
+        tables: Tables,
+        counts_LE: torch.Tensor,
+        batch: ForwardBatch,
+        kv_pool: KvPool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add what the layer before computed; returns the sum, and what this layer adds to it, which its successor will do."""
+        x_TD, normed_TD = self.kernels.add_norm(x_TD, delta, self.input_norm_D, self.eps)
+        delta = self.attention(normed_TD, tables, batch, kv_pool)
+        x_TD, normed_TD = self.kernels.add_norm(x_TD, delta, self.mlp_norm_D, self.eps)
+        return x_TD, cast(torch.Tensor, self.mlp(normed_TD, counts_LE, batch))
 
     def add_weights(self, prefix: str, targets: dict[str, torch.Tensor], fused: dict[str, Fused]) -> None:
         targets[prefix + "input_layernorm.weight"] = self.input_norm_D
@@ -109,8 +125,9 @@ class _Layer(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, make: _Maker) -> None:
+    def __init__(self, config: ModelConfig, layer: int, make: _Maker, kernels: Kernels) -> None:
         super().__init__()
+        self.kernels = kernels
         self.layer, self.eps, self.head_dim = layer, config.rms_norm_eps, config.head_dim
         self.head_split = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         qkv_size = sum(self.head_split) * config.head_dim
@@ -121,17 +138,13 @@ class _Attention(nn.Module):
         self.q_norm_d = make.norm(config.head_dim)
         self.k_norm_d = make.norm(config.head_dim)
 
-    def forward(
-        self, x_TD: torch.Tensor, cos_Td: torch.Tensor, sin_Td: torch.Tensor, batch: ForwardBatch, kv_pool: KvPool
-    ) -> torch.Tensor:
-        qkv = F.linear(x_TD, self.qkv, self.qkv_bias).view(len(x_TD), -1, self.head_dim)
-        q_THd, k_Thd, v_Thd = torch.split_with_sizes(qkv, self.head_split, dim=1)
-        q_THd = kernels.rms_norm(q_THd, self.q_norm_d, self.eps)
-        k_Thd = kernels.rms_norm(k_Thd, self.k_norm_d, self.eps)
-        q_THd, k_Thd = kernels.rotary(q_THd, k_Thd, cos_Td, sin_Td)
+    def forward(self, x_TD: torch.Tensor, tables: Tables, batch: ForwardBatch, kv_pool: KvPool) -> torch.Tensor:
+        qkv = F.linear(x_TD, self.qkv, self.qkv_bias)
         k_cache, v_cache = kv_pool.layer(self.layer)
-        kernels.store_kv(k_cache, v_cache, batch.slots_T, k_Thd, v_Thd)
-        out_THd = kernels.paged_attention(q_THd, k_cache, v_cache, batch.attention)
+        q_THd = self.kernels.norm_rotate_store(
+            qkv, self.q_norm_d, self.k_norm_d, self.eps, *tables, batch.positions_T, k_cache, v_cache, batch.slots_T
+        )
+        out_THd = batch.attention(q_THd, k_cache, v_cache)
         return F.linear(out_THd.flatten(1), self.out, self.out_bias)
 
     def add_weights(self, prefix: str, targets: dict[str, torch.Tensor]) -> None:
@@ -152,8 +165,8 @@ class _DenseMlp(nn.Module):
         self.gate_up = make.matrix(2 * config.intermediate_size, config.hidden_size)
         self.down = make.matrix(config.hidden_size, config.intermediate_size)
 
-    def forward(self, x_TD: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        return F.linear(kernels.silu_and_mul(F.linear(x_TD, self.gate_up)), self.down)
+    def forward(self, x_TD: torch.Tensor, counts_LE: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        return F.linear(reference.silu_and_mul(F.linear(x_TD, self.gate_up)), self.down)
 
     def add_weights(self, prefix: str, targets: dict[str, torch.Tensor], fused: dict[str, Fused]) -> None:
         width = self.down.shape[1]
@@ -163,18 +176,25 @@ class _DenseMlp(nn.Module):
 
 
 class _Experts(nn.Module):
-    def __init__(self, config: ModelConfig, moe_layer: int, make: _Maker) -> None:
+    def __init__(self, config: ModelConfig, moe_layer: int, make: _Maker, kernels: Kernels) -> None:
         super().__init__()
-        self.moe_layer, self.top_k, self.norm_topk_prob = moe_layer, config.top_k, config.norm_topk_prob
+        self.moe_layer, self.norm_topk_prob, self.kernels = moe_layer, config.norm_topk_prob, kernels
         num_experts, width, hidden_size = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_ED = make.matrix(num_experts, hidden_size)
         self.gate_up_E2ID = make.matrix(num_experts, 2 * width, hidden_size)
         self.down_EDI = make.matrix(num_experts, hidden_size, width)
 
-    def forward(self, x_TD: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
-        weights_TK, ids_TK = kernels.route(x_TD, self.gate_ED, self.top_k, self.norm_topk_prob)
-        batch.routing.record(self.moe_layer, ids_TK)
-        return kernels.moe_experts(x_TD, ids_TK, weights_TK, self.gate_up_E2ID, self.down_EDI)
+    def forward(self, x_TD: torch.Tensor, counts_LE: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        return self.kernels.experts(
+            x_TD,
+            self.gate_ED,
+            self.gate_up_E2ID,
+            self.down_EDI,
+            norm_topk_prob=self.norm_topk_prob,
+            ids_TK=batch.routing.target(self.moe_layer, len(x_TD)),
+            counts_E=counts_LE[self.moe_layer],
+            num_tokens=batch.num_tokens,
+        )
 
     def add_weights(self, prefix: str, targets: dict[str, torch.Tensor], fused: dict[str, Fused]) -> None:
         targets[prefix + "gate.weight"] = self.gate_ED

@@ -3,6 +3,7 @@
 One prompt has one pair of legs, however many samples were asked for. The prefill leg answers with one reply, whose output
 ids are the first token of each sample; the decode leg with a list of one reply for each sample if there is more than one, or
 with a stream whose events have the sample's `index`.
+An aggregated worker, which has no other leg beside it, is asked and answers as a decode leg, without a room.
 
 A leg's reply is a sample's reply with one more key, `leg`: `{"rows": RowHeader | null, "timings": {...}}`. As msgpack
 its rows are raw bytes; in the last event of a stream they are base64 of the same bytes ("auto"). Neighbours:
@@ -84,7 +85,7 @@ class _ErrorBody(Struct, frozen=True):
 
 
 def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream: bool) -> bytes:
-    """Write the body of one leg; both legs of a pair have the same, but for `stream`. Without a bootstrap n is 1.
+    """Write the body of one leg; both legs of a pair have the same, but for `stream`.
 
     Rows are asked for in their smallest form whatever the client wants: the router makes the client's form after the
     merge.
@@ -93,7 +94,7 @@ def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream:
     body: dict[str, object] = {
         "rid": rid,
         "stream": stream,
-        "sampling_params": _sampling_fields(options, n=1 if bootstrap is None else options.sampling.n),
+        "sampling_params": _sampling_fields(options),
         "return_logprob": options.return_logprob,
         "logprob_start_len": options.logprob_start_len,
         "top_logprobs_num": options.top_logprobs_num,
@@ -154,7 +155,7 @@ def _prompt_fields(sample: Sample) -> dict[str, object]:
     return {sample.prompt_field: sample.text if sample.input_ids is None else sample.input_ids}
 
 
-def _sampling_fields(options: RequestOptions, *, n: int) -> dict[str, object]:
-    fields = msgspec.structs.asdict(options.sampling) | {"n": n}
+def _sampling_fields(options: RequestOptions) -> dict[str, object]:
+    fields = msgspec.structs.asdict(options.sampling)
     fields["sampling_seed"] = fields.pop("seed")
     return fields

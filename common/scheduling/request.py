@@ -6,17 +6,19 @@
                             |        |   v
                             |       SWAPPED -> ENDED                   pages given up for older requests
                             └-> QUARANTINED -> ENDED                   a peer may still write into the pages
+    both      QUEUED -> RECEIVING -> RUNNING -> ... (COLLECTING, SURPLUS) -> ENDED    pages wait for the prompt's own steps
 
 The module knows no scheduler, no engine and no transfer. A request is touched by the engine's thread alone.
 """
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
 import numpy.typing as npt
 
-from common.messages import Generate, TopLogprobs
+from common.messages import Generate, PromptLogprobs, TopLogprobs
 
 
 class RequestState(Enum):
@@ -25,7 +27,7 @@ class RequestState(Enum):
     QUEUED = auto()
     """Holds nothing yet."""
     RECEIVING = auto()
-    """Holds pages that the prefill worker writes into."""
+    """Holds pages that its prompt's KV is still to come into, from the prefill worker or from this engine's own steps."""
     RUNNING = auto()
     """Takes part in steps."""
     SWAPPED = auto()
@@ -44,7 +46,15 @@ class RequestState(Enum):
 
 _LEGAL: dict[RequestState, frozenset[RequestState]] = {
     RequestState.QUEUED: frozenset({RequestState.RECEIVING, RequestState.RUNNING, RequestState.ENDED}),
-    RequestState.RECEIVING: frozenset({RequestState.RUNNING, RequestState.QUARANTINED, RequestState.ENDED}),
+    RequestState.RECEIVING: frozenset(
+        {
+            RequestState.RUNNING,
+            RequestState.COLLECTING,
+            RequestState.SURPLUS,
+            RequestState.QUARANTINED,
+            RequestState.ENDED,
+        }
+    ),
     RequestState.RUNNING: frozenset(
         {
             RequestState.SWAPPED,
@@ -128,6 +138,32 @@ class Request:
     def max_total_tokens(self) -> int:
         """P plus the largest G."""
         return len(self.prompt) + self.message.options.sampling.max_new_tokens
+
+    def begin(self, *, num_cached_tokens: int) -> None:
+        """The prompt has been seated, and its first tokens have come from the cache: it is computed from there on."""
+        self.cached_tokens = self.planned_tokens = self.computed_tokens = num_cached_tokens
+        self.started_at = time.perf_counter()
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """How much of the prompt may come from a cache: a token's logprob comes from the step that computes the one before it."""
+        options = self.message.options
+        if options.return_logprob and options.logprob_start_len >= 0:
+            return min(self.num_prompt_tokens, max(1, options.logprob_start_len))
+        return self.num_prompt_tokens
+
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """Gather the logprobs of the prompt's own tokens; None if none were asked for, or not all of them are computed."""
+        options = self.message.options
+        start = options.logprob_start_len
+        if not options.return_logprob or start < 0 or self.computed_tokens < self.num_prompt_tokens:
+            return None
+        nothing = start == 0  # nothing predicts the token at position 0
+        return PromptLogprobs(
+            logprobs=[None, *self.prompt_scores] if nothing else list(self.prompt_scores),
+            token_ids=self.prompt[start:].tolist(),
+            top_logprobs=[] if options.top_logprobs_num == 0 else ([None] if nothing else []) + list(self.prompt_tops),
+        )
 
     def advance(self, state: RequestState) -> None:
         """Move to `state`; a move that is not in the table is a defect."""

@@ -1,4 +1,4 @@
-"""A worker's HTTP application and its POST /generate, the same for both roles: HTTP bodies to the engine's messages and back.
+"""A worker's HTTP application and its POST /generate, the same for all kinds: HTTP bodies to the engine's messages and back.
 
 It knows no model and no scheduler; limits come from the engine's `EngineReady`. The server must run with handler cancellation:
 a client that leaves cancels its handler, and leaving `EngineClient.generate` aborts the request. Neighbours:
@@ -15,7 +15,7 @@ from aiohttp import web
 
 from common.config import ModelOptions, ServerOptions
 from common.errors import DeadlineExceeded, MissingRows, RequestError, TandemError
-from common.messages import EngineReady, ErrorReport, Failed, Generate, Leg, ReportedError, Tokens
+from common.messages import EngineReady, ErrorReport, Failed, Generate, ReportedError, Tokens, WorkerKind, leg_of
 from common.protocol.generate import GenerateCall, Sample, parse_generate
 from common.protocol.limits import check_limits
 from common.protocol.replies import (
@@ -48,7 +48,7 @@ class WorkerApp:
 
     def __init__(
         self,
-        leg: Leg,
+        kind: WorkerKind,
         engine: EngineClient,
         ready: EngineReady,
         tokenizer: Tokenizer,
@@ -57,14 +57,14 @@ class WorkerApp:
         *,
         bootstrap_port: int | None,
     ) -> None:
-        self._leg: Leg = leg
+        self._leg = leg_of(kind)
         self._engine = engine
         self._ready = ready
         self._tokenizer = tokenizer
         self._server = server
         self._admission = Admission(server.max_open_requests)
         self._control = WorkerControl(
-            leg, engine, ready, model, self._admission, self._deadline, bootstrap_port=bootstrap_port
+            kind, engine, ready, model, self._admission, self._deadline, bootstrap_port=bootstrap_port
         )
 
     def application(self) -> web.Application:
@@ -169,10 +169,7 @@ class WorkerApp:
 
     async def _message_of(self, sample: Sample) -> Generate:
         """Tokenise and check a prompt. Raises RequestError."""
-        if sample.bootstrap is None and (self._leg == "decode" or sample.options.sampling.max_new_tokens > 0):
-            raise RequestError(
-                "bootstrap_room", f"a {self._leg} worker needs the room that ties its leg to the other one"
-            )
+        self._check_bootstrap(sample)
         input_ids = await self._input_ids_of(sample)
         check_limits(
             sample,
@@ -182,6 +179,16 @@ class WorkerApp:
             kv_pool_tokens=self._ready.kv_pool_tokens,
         )
         return Generate(rid=sample.rid, input_ids=input_ids, options=sample.options, bootstrap=sample.bootstrap)
+
+    def _check_bootstrap(self, sample: Sample) -> None:
+        has_room, has_tokens = sample.bootstrap is not None, sample.options.sampling.max_new_tokens > 0
+        if self._leg is None:
+            if has_room:
+                raise RequestError("bootstrap_room", "an aggregated worker serves whole requests, and no leg of a pair")
+        elif not has_room and (self._leg == "decode" or has_tokens):
+            raise RequestError(
+                "bootstrap_room", f"a {self._leg} worker needs the room that ties its leg to the other one"
+            )
 
     async def _input_ids_of(self, sample: Sample) -> list[int]:
         tokenizer, text, messages = self._tokenizer, sample.text, sample.messages
@@ -251,7 +258,9 @@ class WorkerApp:
             async with asyncio.timeout_at(begin + limit_s):
                 yield
         except TimeoutError as error:
-            raise DeadlineExceeded(f"not done within {limit_s:g} s", leg=self._leg, stage=self._leg) from error
+            raise DeadlineExceeded(
+                f"not done within {limit_s:g} s", leg=self._leg, stage=self._leg or "generate"
+            ) from error
 
 
 async def _run_where_it_fits(function: Callable[[], Result], *, is_long: bool) -> Result:

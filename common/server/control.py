@@ -16,10 +16,11 @@ from common.messages import (
     ErrorReport,
     Failed,
     Generate,
-    Leg,
     ReportedError,
     RequestOptions,
     SamplingParams,
+    WorkerKind,
+    leg_of,
 )
 from common.observability.metrics import render_stats
 from common.protocol.fields import Fields, decode_object
@@ -33,7 +34,7 @@ class WorkerControl:
 
     def __init__(
         self,
-        leg: Leg,
+        kind: WorkerKind,
         engine: EngineClient,
         ready: EngineReady,
         model: ModelOptions,
@@ -42,7 +43,7 @@ class WorkerControl:
         *,
         bootstrap_port: int | None,
     ) -> None:
-        self._leg: Leg = leg
+        self._kind: WorkerKind = kind
         self._engine = engine
         self._ready = ready
         self._model = model
@@ -71,7 +72,7 @@ class WorkerControl:
         return web.Response()
 
     async def health_generate(self, _: web.Request) -> web.Response:
-        """Send one token through this worker's own engine, without the other role."""
+        """Send one token through this worker's own engine, without another worker."""
         options = RequestOptions(sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
         message = Generate(rid=f"health-{new_rid()}", input_ids=[0], options=options)
         async with self._deadline(), self._engine.generate(message) as updates:
@@ -88,7 +89,7 @@ class WorkerControl:
         return _json(
             {
                 **self._model_fields(),
-                "disaggregation_mode": self._leg,
+                "disaggregation_mode": leg_of(self._kind) or "null",
                 "disaggregation_bootstrap_port": self._bootstrap_port,
                 "dtype": ready.dtype,
                 "device": ready.device,
@@ -123,14 +124,14 @@ class WorkerControl:
         """Give the metrics in Prometheus's text format."""
         async with self._deadline():
             stats = await self._engine.stats()
-        return web.Response(body=render_stats(stats, self._leg), content_type="text/plain")
+        return web.Response(body=render_stats(stats, self._kind), content_type="text/plain")
 
     async def flush_cache(self, _: web.Request) -> web.Response:
         """Forget all cached prefixes; 400 if the engine refuses."""
         async with self._deadline():
             refusal = await self._engine.flush_cache()
         if refusal is not None:
-            raise ReportedError(ErrorReport(status=400, message=refusal, code="busy", leg=self._leg))
+            raise ReportedError(ErrorReport(status=400, message=refusal, code="busy", leg=leg_of(self._kind)))
         return _json({"status": "ok"})
 
     async def abort_request(self, request: web.Request) -> web.Response:

@@ -1,7 +1,7 @@
 """A worker's frontend process: the HTTP server, the tokenizer, and one engine process below it.
 
 It starts the engine as a child and is the engine's only client. When the engine ends, whatever the reason, the open requests
-fail, and so does this process: a worker without an engine is no worker. Both roles run this; what differs is in the arguments.
+fail, and so does this process: a worker without an engine is no worker. All kinds run this; what differs is in the arguments.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from common.config import ModelOptions, ServerOptions, to_flags
-from common.messages import Leg
+from common.messages import WorkerKind
 from common.models.config import resolve_checkpoint
 from common.observability.logging import configure_logging
 from common.process import EXIT_USAGE, ensure_port_free, spawn_async
@@ -40,19 +40,21 @@ class WorkerConfig(Protocol):
         """Where to listen."""
 
 
-def run_frontend(leg: Leg, config: WorkerConfig, *, engine_module: str, bootstrap_port: int | None = None) -> int:
+def run_frontend(
+    kind: WorkerKind, config: WorkerConfig, *, engine_module: str, bootstrap_port: int | None = None
+) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code. The engine is `python -m engine_module ENDPOINT flags...`.
 
     Raises UsageError for what the operator can mend.
     """
-    configure_logging(leg, config.server.log_level)
+    configure_logging(kind, config.server.log_level)
     ensure_port_free(config.server.host, config.server.port)
     tokenizer = Tokenizer.load(resolve_checkpoint(config.model.model, weights=False))
-    return uvloop.run(_serve(leg, config, tokenizer, engine_module, bootstrap_port))
+    return uvloop.run(_serve(kind, config, tokenizer, engine_module, bootstrap_port))
 
 
 async def _serve(
-    leg: Leg, config: WorkerConfig, tokenizer: Tokenizer, engine_module: str, bootstrap_port: int | None
+    kind: WorkerKind, config: WorkerConfig, tokenizer: Tokenizer, engine_module: str, bootstrap_port: int | None
 ) -> int:
     stop = stop_on_signals()
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
@@ -71,7 +73,7 @@ async def _serve(
             await asyncio.wait(beginnings, return_when=asyncio.FIRST_COMPLETED)
             if engine.ready.done():
                 app = WorkerApp(
-                    leg,
+                    kind,
                     engine,
                     engine.ready.result(),
                     tokenizer,

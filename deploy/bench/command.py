@@ -8,6 +8,12 @@
 
 The two sides' rounds alternate, so a ratio holds on a busy machine too, where absolute times would not. Nothing is
 checked here; `deploy.replay` does that. Neighbours: `registry` (one file a benchmark), `figures` (table and JSON).
+
+A first word makes it another command with options of its own, `deploy.bench.speed`'s: tokens/s by workload, on a GPU.
+
+    offline        the engine alone, in this process
+    online         a whole stack, or any OpenAI-compatible server, over HTTP
+    shape FOLDER   write a checkpoint without weights, of the shape that the targets are about
 """
 
 import sys
@@ -22,15 +28,25 @@ from common.observability.logging import configure_logging
 from deploy.bench.figures import Figure, as_table, make_report, write_json
 from deploy.bench.options import BenchConfig, BenchError
 from deploy.bench.registry import BENCHMARKS, Benchmark
+from deploy.bench.speed import offline, online, shape
 from deploy.stack import StackError
 
 _LEAST_WIDTH = 150
 
+COMMANDS = {"offline": offline.main, "online": online.main, "shape": shape.main}
+"""By the first word of the command line; without one, the ratios."""
+
 
 def main(argv: list[str]) -> int:
     """Run the benchmarks that are asked for; returns the exit code, 1 if one of them could not be run."""
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     options = parse_config(
-        BenchConfig, argv, prog="python -m deploy.bench", description="Measures ratios on this machine, on the CPU."
+        BenchConfig,
+        argv,
+        prog="python -m deploy.bench",
+        description="Measures ratios on this machine, on the CPU. `offline`, `online` and `shape` as the first word are"
+        " commands of their own, about speed on a GPU: see their --help.",
     ).bench
     chosen = choose(options.only)
     configure_logging("bench", "warning")

@@ -58,6 +58,7 @@ async def test_json_int32_covers_all_hidden_layers(client: Client, judge: Judge)
     for timing in (
         "pd_prefill_forward_duration",
         "pd_transfer_duration",
+        "pd_transfer_exposed_duration",
         "pd_transfer_total_mb",
         "pd_transfer_speed_gb_s",
     ):

@@ -38,6 +38,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     | {"hidden_size": 64, "num_experts": 300, "num_experts_per_tok": 8, "moe_intermediate_size": 8, "seed": 3},
 }
 
+ON_GPU: dict[str, Any] = _SMALL | {
+    "hidden_size": 256,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "moe_intermediate_size": 64,
+    "initializer_range": 0.1,
+    "seed": 4,
+}
+"""A shape that the fused kernels take."""
+
 
 def make_checkpoint(folder: Path, shape: str) -> Path:
     """Write the checkpoint of that shape into `folder` and return it."""

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,24 +14,19 @@ from common.engine.loop import Loop, Role
 from common.messages import (
     Abort,
     Bootstrap,
-    CacheFlushed,
     DecodeToPrefill,
-    EngineToFrontend,
-    Failed,
-    Finished,
     Generate,
     PrefillToDecode,
     RequestOptions,
-    RowBlock,
     RowHeader,
     SamplingParams,
-    Tokens,
 )
 from common.routed_experts.spec import rows_of
 from decode_worker.worker import DecodeWorker
 from prefill_worker.config import PrefillOptions
 from prefill_worker.worker import PrefillWorker
 from router.merge import merge
+from tests.support.recorder import Leg, Recorder
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox
 from transfer.loopback import FaultPolicy, LoopbackAgent, LoopbackLink, LoopbackNetwork, no_faults
@@ -47,26 +42,6 @@ def nothing() -> None:
 
 
 @dataclass
-class Leg:
-    """What one worker has said of one request; `num_ends` answers are due."""
-
-    num_ends: int = 1
-    tokens: list[int] = field(default_factory=list)
-    """Of the first sample."""
-    ends: dict[int, Finished] = field(default_factory=dict)
-    blocks: dict[int, RowBlock] = field(default_factory=dict)
-    failed: Failed | None = None
-
-    @property
-    def finished(self) -> Finished | None:
-        return self.ends.get(0)
-
-    @property
-    def ended(self) -> bool:
-        return len(self.ends) == self.num_ends or self.failed is not None
-
-
-@dataclass
 class Side:
     """One worker of the pair."""
 
@@ -74,7 +49,7 @@ class Side:
     role: Role
     loop: Loop
     endpoint: Sender | Receiver
-    recorder: "Recorder"
+    recorder: Recorder
 
     @property
     def legs(self) -> dict[str, Leg]:
@@ -258,32 +233,6 @@ class InProcessPair:
         assert pages.free + pages.cached == pages.total
         assert side.engine.table.num_free == side.engine.capacity.max_running_requests
         assert side.endpoint.num_rooms == 0
-
-
-class Recorder:
-    """Takes the place of the frontend."""
-
-    def __init__(self) -> None:
-        self.legs: dict[str, Leg] = {}
-        self.flushed: list[CacheFlushed] = []
-
-    def __call__(self, message: EngineToFrontend, /, *frames: bytes | memoryview) -> None:
-        if isinstance(message, CacheFlushed):
-            self.flushed.append(message)
-            return
-        assert isinstance(message, Tokens | Finished | Failed)
-        leg = self.legs[message.rid]
-        assert not leg.ended, "a leg was answered twice"
-        match message:
-            case Tokens():
-                leg.tokens += message.token_ids if message.index == 0 else []
-            case Finished():
-                assert message.index not in leg.ends
-                leg.ends[message.index] = message
-                if message.rows is not None:
-                    leg.blocks[message.index] = RowBlock(message.rows, bytes(frames[0]))
-            case Failed():
-                leg.failed = message
 
 
 def options_of(

@@ -31,6 +31,7 @@ class StubRouterOptions(Struct, frozen=True, kw_only=True):
 
     prefill: Annotated[tuple[tuple[str, int], ...], option("prefill worker", metavar=("URL", "BOOTSTRAP_PORT"))] = ()
     decode: Annotated[tuple[str, ...], option("decode worker")] = ()
+    worker: Annotated[tuple[str, ...], option("aggregated worker")] = ()
     policy: Annotated[Literal["random", "round_robin"], option("which pair")] = "random"
 
 
@@ -53,6 +54,15 @@ class StubDecodeConfig(Struct, frozen=True):
     stub: StubOptions = StubOptions()
 
 
+class StubAggregatedConfig(Struct, frozen=True):
+    """As the aggregated worker's."""
+
+    model: ModelOptions
+    engine: EngineOptions = EngineOptions()
+    server: ServerOptions = ServerOptions()
+    stub: StubOptions = StubOptions()
+
+
 class StubRouterConfig(Struct, frozen=True):
     """As the router's."""
 
@@ -68,9 +78,12 @@ def main(argv: list[str]) -> int:
     if any(word.startswith("--bootstrap-port") for word in argv):
         prefill = parse_config(StubPrefillConfig, argv, prog="stub", description="")
         server, stub = prefill.server, prefill.stub
-    elif "--decode" in argv:
+    elif "--decode" in argv or "--worker" in argv:
         router = parse_config(StubRouterConfig, argv, prog="stub", description="")
-        server, workers = router.server, [*(url for url, _ in router.router.prefill), *router.router.decode]
+        server, workers = (
+            router.server,
+            [*(url for url, _ in router.router.prefill), *router.router.decode, *router.router.worker],
+        )
     else:
         decode = parse_config(StubDecodeConfig, argv, prog="stub", description="")
         server, stub = decode.server, decode.stub

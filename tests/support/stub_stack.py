@@ -3,7 +3,7 @@
 from common.process import run_main
 from deploy.launch_options import Role, Roles
 from deploy.up import launch
-from tests.support.stub_server import StubDecodeConfig, StubPrefillConfig, StubRouterConfig
+from tests.support.stub_server import StubAggregatedConfig, StubDecodeConfig, StubPrefillConfig, StubRouterConfig
 
 MODULE = "tests.support.stub_server"
 
@@ -13,6 +13,7 @@ def stub_roles() -> Roles:
     return {
         "prefill": Role(MODULE, StubPrefillConfig),
         "decode": Role(MODULE, StubDecodeConfig),
+        "aggregated": Role(MODULE, StubAggregatedConfig),
         "router": Role(MODULE, StubRouterConfig),
     }
 

@@ -1,16 +1,20 @@
 """From plan to tensors, against a slow twin in plain Python loops, over random plans."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.engine.batch import StepBatch, build_batch
+from common.engine.batch import ON_DEVICE, StepBatch, StepLayout, lay_out, upload_layout
 from common.engine.device import CpuDevice
+from common.kernels.attention import AttentionPlan
 from common.memory.layout import slots_of
 from common.memory.request_table import RequestTable
 from common.messages import Generate, RequestOptions, SamplingParams
@@ -19,13 +23,51 @@ from common.scheduling.step_plan import StepEntry, StepPlan
 
 NUM_ROWS = 7
 PAGES_PER_ROW = 40
+LOGIT_CHANGES: list[dict[str, Any]] = [
+    *[{}] * 20,
+    {"repetition_penalty": 1.5},
+    {"frequency_penalty": -1.0},
+    {"presence_penalty": 0.5},
+    {"logit_bias": {3: 1.0}},
+    {"min_new_tokens": 1},
+]
+UNCHANGED: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "frequency_penalty": 0.0,
+    "presence_penalty": 0.0,
+    "logit_bias": {},
+    "min_new_tokens": 0,
+}
 
 
 class Nothing:
     """Takes no routing."""
 
-    def record(self, moe_layer: int, expert_ids_TK: torch.Tensor) -> None:
+    def target(self, moe_layer: int, num_tokens: int) -> torch.Tensor:
         raise AssertionError("a batch is built, not run")
+
+
+class PlanKept:
+    """An attention backend that keeps the plan it was given."""
+
+    def plan(self, plan: AttentionPlan, upload: Callable[[npt.NDArray[Any]], torch.Tensor]) -> "PlanKept":
+        self.kept = plan
+        return self
+
+    def __call__(self, q_THd: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a batch is built, not run")
+
+
+def make_batch(plan: StepPlan, table: RequestTable, page_size: int) -> tuple[StepLayout, StepBatch]:
+    layout = lay_out(plan, table, page_size)
+    return layout, upload_layout(layout, CpuDevice().begin_step(), table.last_tokens, PlanKept(), Nothing())
+
+
+def seat(request: Request, table: RequestTable) -> None:
+    """What `Seats.take` does, without an allocator."""
+    request.row = table.allocate(
+        request.pages, request.message.options, seed=request.seed, num_prompt_tokens=request.num_prompt_tokens
+    )
 
 
 def random_plan(rng: random.Random, page_size: int, table: RequestTable) -> StepPlan:
@@ -39,6 +81,7 @@ def random_plan(rng: random.Random, page_size: int, table: RequestTable) -> Step
             top_k=rng.choice([-1, 4]),
             min_p=rng.choice([0.0, 0.25]),
             seed=rng.choice([rng.randrange(2**63), 2**63 - 1]),
+            **rng.choice(LOGIT_CHANGES),
         )
         prompt = [rng.randrange(5000) for _ in range(rng.randrange(1, 12))]
         options = RequestOptions(
@@ -53,7 +96,7 @@ def random_plan(rng: random.Random, page_size: int, table: RequestTable) -> Step
         start = rng.randrange(known + 1)
         stop = rng.randrange(start + 1, known + 2)
         request.pages = [all_pages.pop() for _ in range(-(-stop // page_size) + rng.randrange(3))]
-        request.row = table.allocate(request.pages)
+        seat(request, table)
         entries.append(StepEntry(request, start, stop, samples=rng.choice([0, 1, 1, 3])))
     rng.shuffle(entries)
     return StepPlan(tuple(entries))
@@ -61,13 +104,17 @@ def random_plan(rng: random.Random, page_size: int, table: RequestTable) -> Step
 
 def slow_batch(plan: StepPlan, last_tokens: list[int], page_size: int) -> dict[str, list[Any]]:
     """What `build_batch` must make of the plan, one token after the other."""
-    out: dict[str, list[Any]] = {name: [] for name in ("tokens", "positions", "slots", "pages", "rows", "lasts")}
+    out: dict[str, list[Any]] = {
+        name: [] for name in ("tokens", "known", "positions", "slots", "pages", "token_rows", "rows", "lasts")
+    }
     out["query_starts"], out["page_starts"] = [0], [0]
     for entry in plan.entries:
         request = entry.request
         known = list(request.message.input_ids) + request.output_ids
         for position in range(entry.start, entry.stop):
             out["tokens"].append(known[position] if position < len(known) else last_tokens[request.row])
+            out["known"].append(known[position] if position < len(known) else ON_DEVICE)
+            out["token_rows"].append(request.row)
             out["positions"].append(position)
             out["slots"].append(request.pages[position // page_size] * page_size + position % page_size)
         num_pages = 0
@@ -82,17 +129,21 @@ def slow_batch(plan: StepPlan, last_tokens: list[int], page_size: int) -> dict[s
     return out
 
 
-def as_lists(batch: StepBatch) -> dict[str, list[Any]]:
+def as_lists(layout: StepLayout, batch: StepBatch) -> dict[str, list[Any]]:
     forward = batch.forward
+    assert isinstance(forward.attention, PlanKept)
+    attention = forward.attention.kept
     return {
         "tokens": forward.token_ids_T.tolist(),
+        "known": layout.tokens.token_ids.tolist(),
         "positions": forward.positions_T.tolist(),
         "slots": forward.slots_T.tolist(),
-        "pages": forward.attention.pages.tolist(),
-        "rows": batch.sampled_rows_S.tolist(),
-        "lasts": batch.last_tokens_S.tolist(),
-        "query_starts": list(forward.attention.query_starts),
-        "page_starts": list(forward.attention.page_starts),
+        "pages": attention.pages.tolist(),
+        "token_rows": layout.tokens.rows.tolist(),
+        "rows": batch.draws.rows.tolist(),
+        "lasts": batch.draws.last_tokens.tolist(),
+        "query_starts": attention.query_starts.tolist(),
+        "page_starts": attention.page_starts.tolist(),
     }
 
 
@@ -103,25 +154,56 @@ def test_random_plans_equal_the_twin(seed: int, page_size: int):
     table = RequestTable(NUM_ROWS, PAGES_PER_ROW, torch.device("cpu"))
     table.last_tokens[:] = torch.arange(NUM_ROWS) + 9000  # no token that the host knows
     plan = random_plan(rng, page_size, table)
-    batch = build_batch(plan, table, CpuDevice(), page_size, Nothing())
-    assert as_lists(batch) == slow_batch(plan, table.last_tokens.tolist(), page_size)
-    assert batch.slots.tolist() == batch.forward.slots_T.tolist()
-    assert list(batch.forward.attention.context_tokens) == [entry.stop for entry in plan.entries]
-    for tensor in (batch.forward.token_ids_T, batch.forward.positions_T, batch.forward.slots_T, batch.last_tokens_S):
+    check(plan, table, page_size)
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32), num_known=st.integers(0, 3))
+def test_decode_steps_equal_the_twin(seed: int, num_known: int):
+    """Steps as a decode engine runs them: one token and one draw an entry, so that the layout is one matrix."""
+    rng = random.Random(seed)
+    table = RequestTable(NUM_ROWS, PAGES_PER_ROW, torch.device("cpu"))
+    table.last_tokens[:] = torch.arange(NUM_ROWS) + 9000
+    entries = []
+    for i, entry in enumerate(random_plan(rng, 4, table).entries):
+        position = entry.request.num_known_tokens - (i < num_known)
+        table.pages[entry.request.row, : PAGES_PER_ROW // 2] = entry.request.pages = rng.sample(range(1000), 20)
+        entries.append(StepEntry(entry.request, position, position + 1, 1))
+    layout = check(StepPlan(tuple(entries)), table, 4)
+    matrix = layout.ints.reshape(9, len(entries))
+    for row, column in zip(matrix, [*layout.tokens, *layout.draws], strict=True):
+        assert np.shares_memory(row, column)
+        assert row.tolist() == column.tolist()
+    assert layout.draws.last_tokens.tolist() == list(range(len(entries)))
+
+
+def check(plan: StepPlan, table: RequestTable, page_size: int) -> StepLayout:
+    layout, batch = make_batch(plan, table, page_size)
+    assert as_lists(layout, batch) == slow_batch(plan, table.last_tokens.tolist(), page_size)
+    assert isinstance(batch.forward.attention, PlanKept)
+    attention = batch.forward.attention.kept
+    assert attention.context_tokens.tolist() == [entry.stop for entry in plan.entries]
+    for array in (attention.query_starts, attention.context_tokens, attention.page_starts, attention.pages):
+        assert array.dtype == np.int32
+    for tensor in (batch.forward.token_ids_T, batch.forward.positions_T, batch.forward.slots_T, *batch.draws):
         assert tensor.dtype == torch.int64
-    check_sampling(plan, batch)
-    check_scored(plan, batch)
+    check_sampling(plan, layout, batch)
+    check_scored(plan, layout, batch)
+    return layout
 
 
-def check_sampling(plan: StepPlan, batch: StepBatch) -> None:
+def check_sampling(plan: StepPlan, layout: StepLayout, batch: StepBatch) -> None:
     """Each draw's own parameters, at the position of the token that is drawn; the n-th draw of an entry has a seed of its own."""
     sampling = [entry for entry in plan.entries for _ in range(entry.samples)]
-    assert batch.draws == tuple(sampling)
+    assert [plan.entries[i] for i in layout.draw_entries] == sampling
+    params = [entry.request.message.options.sampling for entry in sampling]
+    assert layout.top_count == max((entry.request.message.options.top_logprobs_num for entry in sampling), default=0)
+    changed = [p != msgspec.structs.replace(p, **UNCHANGED) for p in params]
+    assert layout.any_logit_changes == any(changed)
     if not sampling:
         assert batch.sampling is None
         return
     assert batch.sampling is not None
-    params = [entry.request.message.options.sampling for entry in sampling]
     assert batch.sampling.positions_S.tolist() == [entry.stop for entry in sampling]
     seeds = [
         (entry.request.message.options.sampling.seed + entry.request.index + draw) % 2**63
@@ -134,11 +216,10 @@ def check_sampling(plan: StepPlan, batch: StepBatch) -> None:
     assert batch.sampling.min_ps_S.tolist() == [p.min_p for p in params]
     top_ks = zip(batch.sampling.top_ks_S.tolist(), params, strict=True)
     assert all(top_k == p.top_k if p.top_k > 0 else top_k > 10**6 for top_k, p in top_ks)
-    assert batch.sampling.all_greedy == all(p.temperature == 0 for p in params)
     assert batch.sampling.any_filtered == any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params)
 
 
-def check_scored(plan: StepPlan, batch: StepBatch) -> None:
+def check_scored(plan: StepPlan, layout: StepLayout, batch: StepBatch) -> None:
     """A prompt token's logprob, if asked for, comes from the position before it, in the step that computes that position."""
     hidden, tokens, counts, top_counts = [], [], [], [0]
     offset = 0
@@ -157,11 +238,13 @@ def check_scored(plan: StepPlan, batch: StepBatch) -> None:
         offset += entry.num_tokens
     if not hidden:
         assert batch.scored is None
+        assert layout.scored is None
         return
     assert batch.scored is not None
+    assert layout.scored is not None
     assert batch.scored.hidden_N.tolist() == hidden
     assert batch.scored.next_tokens_N.tolist() == tokens
-    assert batch.scored.counts == tuple(counts)
+    assert layout.scored.counts == tuple(counts)
     assert batch.scored.top_count == max(top_counts)
 
 
@@ -172,12 +255,10 @@ def test_the_last_token_comes_from_the_device_as_it_is_when_the_step_runs():
     request = Request.of(Generate(rid="r", input_ids=[11, 12], options=options))
     request.output_ids.append(13)
     request.pages = [3, 5]
-    request.row = table.allocate(request.pages)
+    seat(request, table)
     table.last_tokens[request.row] = 77
     entries = [StepEntry(request, 2, 3, 1), StepEntry(request, 3, 4, 1)]
-    tokens = [
-        build_batch(StepPlan((entry,)), table, CpuDevice(), 2, Nothing()).forward.token_ids_T for entry in entries
-    ]
+    tokens = [make_batch(StepPlan((entry,)), table, 2)[1].forward.token_ids_T for entry in entries]
     assert [t.tolist() for t in tokens] == [[13], [77]]
     table.last_tokens[request.row] = 78
     assert tokens[1].tolist() == [77], "the batch owns its tokens"

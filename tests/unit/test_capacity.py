@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.capacity import TOKEN_COUNT_BYTES, CapacityPlan, plan_capacity
+from common.engine.capacity import LARGEST_GRAPH, TOKEN_COUNT_BYTES, CapacityPlan, plan_capacity
 from common.engine.device import CpuDevice
 from common.engine.engine import build_engine
 from common.engine.penalties import TokenCounts
@@ -86,7 +86,8 @@ def test_the_byte_counts_are_those_of_the_real_buffers(options: EngineOptions, r
     capacity = plan_of(options, rows, chunk_tokens=chunk_tokens)
     pool = KvPool(layout_of(options), capacity.num_pages, CPU, torch.float32)
     assert pool.pages.nbytes == capacity.kv_pool_bytes
-    assert pool.pages.nbytes == pool.info().page_bytes * pool.info().num_pages
+    assert pool.pages.nbytes == pool.info().page_bytes * (pool.info().num_pages + 1)
+    assert pool.padding_page == pool.info().num_pages
     assert RoutedExpertsCapturer(rows, capacity.max_step_tokens, CPU).buffer.nbytes == capacity.capture_buffer_bytes
     cache = HostCache(rows, PageAllocator(capacity.num_pages).generations, options.page_size)
     assert cache._rows.nbytes == capacity.host_cache_bytes
@@ -105,10 +106,22 @@ def test_pool_and_buffers_fill_the_budget_and_keep_within_it(options: EngineOpti
         capacity = plan_of(options, rows, budget_bytes=budget_bytes)
     except UsageError:
         per_row = rows.row_bytes + VOCAB_SIZE * TOKEN_COUNT_BYTES
-        assert options.max_running_requests * per_row + page_bytes > budget_bytes
+        assert options.max_running_requests * per_row + 2 * page_bytes > budget_bytes
         return
     used = capacity.kv_pool_bytes + capacity.capture_buffer_bytes + capacity.token_counts_bytes
     assert used <= budget_bytes < used + page_bytes
+
+
+@given(st.integers(1, 5000))
+def test_every_step_of_few_requests_has_a_graph_with_little_padding(max_running_requests: int):
+    capacity = plan_of(EngineOptions(max_running_requests=max_running_requests, kv_pool_tokens=64))
+    sizes = capacity.graph_sizes
+    assert list(sizes) == sorted(set(sizes))
+    assert sizes[-1] == min(max_running_requests, LARGEST_GRAPH)
+    assert sizes[-1] <= capacity.max_step_tokens
+    for num_requests in range(1, sizes[-1] + 1):
+        size = next(size for size in sizes if size >= num_requests)
+        assert size < 2 * num_requests
 
 
 @pytest.mark.parametrize(("page_size", "kv_pool_tokens"), [(16, 15), (2, 1), (1024, 1023)])

@@ -14,12 +14,14 @@ from msgspec import Meta, Struct
 from common.config import option, parse_config, to_flags
 from common.errors import UsageError
 from decode_worker.config import DecodeConfig
+from deploy.aggregated_config import AggregatedConfig
 from prefill_worker.config import PrefillConfig
 from router.config import RouterConfig
 
 REQUIRED: dict[type[Struct], list[str]] = {
     PrefillConfig: ["--model", "m"],
     DecodeConfig: ["--model", "m"],
+    AggregatedConfig: ["--model", "m"],
     RouterConfig: ["--prefill", "http://p:1", "8998", "--decode", "http://d:1"],
 }
 ROLES = list(REQUIRED)
@@ -142,7 +144,7 @@ def test_every_switch_both_ways(role: type[Struct], name: str):
 
 @pytest.mark.parametrize(
     ("role", "missing"),
-    [(PrefillConfig, "--model"), (DecodeConfig, "--model"), (RouterConfig, "--prefill"), (RouterConfig, "--decode")],
+    [(PrefillConfig, "--model"), (DecodeConfig, "--model"), (AggregatedConfig, "--model")],
 )
 def test_a_required_option_that_is_missing_is_named(role: type[Struct], missing: str):
     argv = REQUIRED[role]

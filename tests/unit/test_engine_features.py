@@ -326,7 +326,7 @@ def test_penalty_counts_survive_a_change_of_rows_and_back():
     for row, token in ((0, 3), (1, 4), (0, 5)):
         request.row = row
         entry = StepEntry(request, request.num_known_tokens - 1, request.num_known_tokens, 1)
-        changes = counts.changes_of([entry], [])
+        changes = counts.changes_of([entry], torch.tensor([row]), [], torch.from_numpy)
         assert changes is not None
         expected = [-float(request.output_ids.count(token_id)) for token_id in range(8)]
         assert counts.apply(flat, changes)[0].tolist() == expected

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import Qwen3MoeConfig
@@ -13,6 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from common.kernels import reference as kernels
 from common.kernels.attention import AttentionPlan
+from common.kernels.torch_attention import TorchAttention
 from common.memory.kv_pool import KvPool
 from common.memory.layout import KvLayout
 
@@ -32,6 +34,10 @@ def make_pool(page_size: int, num_pages: int, num_kv_heads: int = 2, head_dim: i
         itemsize_bytes=4,
     )
     return KvPool(layout, num_pages, torch.device("cpu"), torch.float32)
+
+
+def int32(values) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -77,14 +83,14 @@ def test_paged_attention_is_the_sum_it_stands_for(page_size, requests):
     pool.pages.normal_()
     shuffled = torch.randperm(sum(pages_of) + 3)[: sum(pages_of)]
     plan = AttentionPlan(
-        query_starts=tuple(sum(queries for queries, _ in requests[:i]) for i in range(len(requests) + 1)),
-        context_tokens=tuple(context for _, context in requests),
-        page_starts=tuple(sum(pages_of[:i]) for i in range(len(requests) + 1)),
-        pages=shuffled,
+        query_starts=int32([sum(queries for queries, _ in requests[:i]) for i in range(len(requests) + 1)]),
+        context_tokens=int32([context for _, context in requests]),
+        page_starts=int32([sum(pages_of[:i]) for i in range(len(requests) + 1)]),
+        pages=int32(shuffled.tolist()),
     )
     q = torch.randn(plan.query_starts[-1], num_heads, head_dim)
     k_cache, v_cache = pool.layer(2)
-    out = kernels.paged_attention(q, k_cache, v_cache, plan)
+    out = TorchAttention().plan(plan, torch.from_numpy)(q, k_cache, v_cache)
     for i, (queries, context) in enumerate(requests):
         pages = shuffled[plan.page_starts[i] : plan.page_starts[i + 1]].tolist()
         slots = [(page, slot) for page in pages for slot in range(page_size)][:context]

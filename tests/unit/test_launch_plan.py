@@ -94,6 +94,52 @@ def test_a_mistake_is_found_before_anything_starts(model: str, flags: list[str],
     assert message in str(error.value)
 
 
+def test_an_aggregated_stack_has_one_worker_and_one_gpu(model: str) -> None:
+    stack = commands(plan(model, "--aggregated", "--page-size=8", "--policy=random", gpus=("3", "4")))
+    assert list(stack) == ["aggregated-0", "router"]
+    assert stack["aggregated-0"].environment == {"CUDA_VISIBLE_DEVICES": "3"}
+    assert stack["aggregated-0"].arguments[-2:] == ["--port=9000", "--page-size=8"]
+    assert stack["router"].arguments == [
+        *("--host=127.0.0.1", "--port=8000"),
+        *("--worker", "http://127.0.0.1:9000", "--policy=random"),
+    ]
+    assert list(commands(plan(model, "--no-aggregated"))) == ["prefill-0", "decode-0", "router"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prefill=1"], "--prefill: with --aggregated"),
+        (["--decode", "2"], "--decode: with --aggregated"),
+        (["--prefill.page-size=4"], "unknown option --prefill.page-size: the roles are aggregated, router"),
+        (["--chunked-prefill-tokens=32"], "unknown option --chunked-prefill-tokens"),
+        (["--aggregated.page-size=x"], "aggregated-0: --page-size"),
+        (["--worker=http://a:1"], "--worker: the launcher chooses"),
+        (["--device=cuda"], "1 workers need as many GPUs"),
+    ],
+)
+def test_what_does_not_go_with_aggregated_is_named(model: str, flags: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        plan(model, "--aggregated", *flags)
+    assert message in str(error.value)
+
+
+def test_the_mode_may_come_from_a_file(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "up.toml"
+    file.write_text("aggregated = true\n")
+    assert list(commands(plan(model, f"--config={file}"))) == ["aggregated-0", "router"]
+    file.write_text("aggregated = true\ndecode = 2\n")
+    with pytest.raises(UsageError, match="--decode: with --aggregated"):
+        plan(model, f"--config={file}")
+
+
+def test_an_option_of_the_aggregated_worker_goes_to_no_pair(model: str) -> None:
+    with pytest.raises(
+        UsageError, match=r"unknown option --aggregated.page-size: the roles are prefill, decode, router"
+    ):
+        plan(model, "--aggregated.page-size=4")
+
+
 def test_words_without_an_option_are_refused(model: str) -> None:
     with pytest.raises(UsageError, match="unexpected argument 'serve'"):
         plan("serve", model)

@@ -77,6 +77,7 @@ def test_n_samples_have_n_rooms():
     assert (leg.messages, leg.bootstrap) == (sample.messages, bootstrap)
     assert leg.options == msgspec.structs.replace(options, stream=True, routed_experts_dtype="auto")
     alone = json.loads(encode_leg(sample, rid="leg", bootstrap=None, stream=False))
-    assert alone["sampling_params"]["n"] == 1
+    assert alone["sampling_params"]["n"] == 3
+    assert "bootstrap_room" not in alone
     one_room = json.loads(encode_leg(sample, rid="leg", bootstrap=Bootstrap("h", 8, (7,)), stream=False))
     assert one_room["bootstrap_room"] == 7

@@ -11,6 +11,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 from common.config import ModelOptions
 from common.errors import CheckpointError
 from common.kernels.attention import AttentionPlan
+from common.kernels.torch_attention import TorchAttention
+from common.kernels.torch_kernels import TorchKernels
 from common.memory.kv_pool import KvPool
 from common.memory.layout import KvLayout, num_pages_for
 from common.models.config import ModelConfig, RopeConfig, load_model_config
@@ -26,13 +28,15 @@ NUM_TOKENS = 70
 
 @dataclass
 class Sink:
-    """Keeps what one step records, in the order of the MoE layers."""
+    """Takes what one step routes, in the order of the MoE layers."""
 
+    top_k: int
     ids: list[torch.Tensor] = field(default_factory=list)
 
-    def record(self, moe_layer: int, expert_ids_TK: torch.Tensor) -> None:
+    def target(self, moe_layer: int, num_tokens: int) -> torch.Tensor:
         assert moe_layer == len(self.ids)
-        self.ids.append(expert_ids_TK.clone())
+        self.ids.append(torch.full((num_tokens, self.top_k), -1))
+        return self.ids[-1]
 
 
 @dataclass
@@ -62,7 +66,7 @@ class PagedRun:
         self.pool.pages.fill_(torch.nan)
         shuffled = torch.randperm(self.pool.num_pages, generator=torch.Generator().manual_seed(7))
         self.pages = list(shuffled[: sum(needs)].split(needs))
-        self.model, self.page_size, self.sequences = case.model, page_size, sequences
+        self.model, self.page_size, self.sequences, self.top_k = case.model, page_size, sequences, config.top_k
         self.hidden: list[list[torch.Tensor]] = [[] for _ in sequences]
         self.rows: list[list[torch.Tensor]] = [[] for _ in sequences]
 
@@ -77,10 +81,16 @@ class PagedRun:
             query_starts.append(query_starts[-1] + stop - start)
             page_starts.append(page_starts[-1] + -(-stop // self.page_size))
         pages = [self.pages[index][: -(-stop // self.page_size)] for index, (_, stop) in ranges.items()]
-        contexts = tuple(stop for _, stop in ranges.values())
-        plan = AttentionPlan(tuple(query_starts), contexts, tuple(page_starts), torch.cat(pages))
-        sink = Sink()
-        batch = ForwardBatch(torch.tensor(tokens), torch.cat(positions), torch.cat(slots), plan, sink)
+        contexts = [stop for _, stop in ranges.values()]
+        plan = AttentionPlan(
+            *(
+                np.array(array, dtype=np.int32)
+                for array in (query_starts, contexts, page_starts, torch.cat(pages).numpy())
+            )
+        )
+        sink = Sink(self.top_k)
+        attention = TorchAttention().plan(plan, torch.from_numpy)
+        batch = ForwardBatch(torch.tensor(tokens), torch.cat(positions), torch.cat(slots), attention, sink)
         hidden = self.model(batch, self.pool)
         rows = torch.stack(sink.ids, dim=1)
         for i, index in enumerate(ranges):
@@ -112,7 +122,9 @@ def cases(tmp_path_factory) -> dict[str, Case]:
     for shape in SHAPES:
         folder = make_checkpoint(tmp_path_factory.mktemp(shape), shape)
         config = load_model_config(folder)
-        loaded[shape] = Case(config, build_model(config, ModelOptions(model=str(folder)), CPU), Reference(folder))
+        loaded[shape] = Case(
+            config, build_model(config, ModelOptions(model=str(folder)), CPU, TorchKernels()), Reference(folder)
+        )
     return loaded
 
 
@@ -186,7 +198,7 @@ def test_parameters_are_not_trained(case):
 def test_context_longer_than_the_checkpoint_s(cases):
     config = cases["plain"].config
     options = ModelOptions(model="unused", load_format="dummy", context_tokens=config.max_position_embeddings + 5)
-    assert len(build_model(config, options, CPU).cos_Pd) == options.context_tokens
+    assert len(build_model(config, options, CPU, TorchKernels()).cos_Pd) == options.context_tokens
 
 
 def test_dtype_is_the_option_s_or_the_checkpoint_s(cases):

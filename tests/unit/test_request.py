@@ -32,6 +32,9 @@ LEGAL = {
     ("RUNNING", "SWAPPED"),
     ("SWAPPED", "RUNNING"),
     ("SWAPPED", "ENDED"),
+    # Both on one engine: the pages wait for the prompt's own steps, and a prompt may want no token.
+    ("RECEIVING", "COLLECTING"),
+    ("RECEIVING", "SURPLUS"),
 }
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 
+import aiohttp
 import msgspec
 import numpy as np
 import pytest
@@ -761,18 +762,36 @@ async def test_health_generate_tells_of_a_broken_pair():
             assert response.status == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_aggregated_worker_that_is_gone_is_named_without_a_leg(stream: bool):
+    app = await stubs.create_app(RouterConfig(router=RouterOptions(worker=("http://127.0.0.1:1",))))
+    async with (
+        stubs.serving(app) as url,
+        aiohttp.ClientSession(url) as client,
+        client.post("/generate", json=body(stream=stream)) as response,
+    ):
+        error = (await response.json())["error"]
+    assert (response.status, error["leg"], error["stage"]) == (502, None, "connect")
+    assert error["message"].startswith("aggregated worker on http://127.0.0.1:1: no connection")
+
+
 def test_flags():
     config = parse_router_config(
         ["--prefill", "http://a:1", "8998", "--prefill", "http://b:2", "8999", "--decode", "http://c:3", "--port=9000"]
     )
     assert config.router.prefill == (("http://a:1", 8998), ("http://b:2", 8999))
     assert (config.router.decode, config.server.port) == (("http://c:3",), 9000)
+    assert parse_router_config(["--worker", "http://w:4"]).router.worker == ("http://w:4",)
 
 
 @pytest.mark.parametrize(
     "argv",
     [
         ["--decode", "http://c:3"],
+        ["--prefill", "http://a:1", "8998"],
+        ["--decode", "http://c:3", "--worker", "http://w:4"],
+        ["--prefill", "http://a:1", "8998", "--decode", "http://c:3", "--worker", "http://w:4"],
+        ["--worker", "w:4"],
         ["--prefill", "http://a:1", "x", "--decode", "http://c:3"],
         ["--prefill", "http://a:1", "0", "--decode", "http://c:3"],
         ["--prefill", "a:1", "8998", "--decode", "http://c:3"],
@@ -780,7 +799,7 @@ def test_flags():
     ],
 )
 def test_flags_that_cannot_be_used(argv):
-    with pytest.raises(UsageError, match=r"--(prefill|decode)"):
+    with pytest.raises(UsageError, match=r"--(prefill|decode|worker)"):
         parse_router_config(argv)
 
 

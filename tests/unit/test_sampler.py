@@ -12,16 +12,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.engine import sampler
-from common.engine.device import CpuDevice
-from common.engine.sampler import SamplingBatch, exponential_noise, sample
-from common.messages import SamplingParams
+from common.engine.batch import lay_out, sampling_of, split_ints
+from common.engine.sampler import SamplingBatch
+from common.kernels import reference
+from common.kernels.reference import exponential_noise
+from common.kernels.torch_kernels import TorchKernels
+from common.memory.request_table import RequestTable
+from common.messages import Generate, RequestOptions, SamplingParams
+from common.scheduling.request import Request
+from common.scheduling.step_plan import StepEntry, StepPlan
 
 MASK = 2**64 - 1
 GOLDEN, MIX_1, MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
+def sample(logits_SV: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    return sampler.sample(logits_SV, batch, TorchKernels())
+
+
 def batch_of(params: Sequence[SamplingParams], positions: Sequence[int]) -> SamplingBatch:
-    return SamplingBatch.of(list(params), [p.seed for p in params], list(positions), CpuDevice())
+    """As a step that draws at these positions makes it; all of a row's context is one page."""
+    table = RequestTable(len(params), 1, torch.device("cpu"))
+    entries = []
+    for param, position in zip(params, positions, strict=True):
+        request = Request.of(Generate(rid="r", input_ids=[0], options=RequestOptions(sampling=param)))
+        request.row = table.allocate([0], request.message.options, seed=request.seed, num_prompt_tokens=1)
+        entries.append(StepEntry(request, position - 1, position, 1))
+    layout = lay_out(StepPlan(tuple(entries)), table, 2**32)
+    _, draws = split_ints(torch.from_numpy(layout.ints), layout.num_tokens, layout.num_draws)
+    return sampling_of(layout, draws, torch.from_numpy(layout.params_3S))
 
 
 # ------------------------------------------------------------------------------------------------ the hash
@@ -61,7 +80,7 @@ def test_the_twin_is_splitmix64():
 
 @given(st.lists(st.integers(0, MASK), min_size=1, max_size=20))
 def test_mix_is_the_twins(values: list[int]):
-    got = sampler._mix(torch.tensor([signed(value) for value in values]))
+    got = reference._mix(torch.tensor([signed(value) for value in values]))
     assert got.tolist() == [signed(mix(value)) for value in values]
     assert [unmix(mix(value)) for value in values] == values
 
@@ -299,7 +318,6 @@ def test_greedy_is_the_argmax(mixed: bool):
     temperatures = [0.0, 1e-7, 1.0 if mixed else 0.0]
     params = [SamplingParams(temperature=temperatures[i % 3], seed=i) for i in range(40)]
     batch = batch_of(params, range(40))
-    assert batch.all_greedy == (not mixed)
     tokens = sample(torch.from_numpy(logits), batch)[0].numpy()
     greedy = [i for i in range(40) if temperatures[i % 3] < 1]
     np.testing.assert_array_equal(tokens[greedy], logits.argmax(axis=1)[greedy])

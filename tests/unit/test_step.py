@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from common.engine.device import CpuDevice
+from common.engine.device import Arena, CpuDevice, Device
 from common.engine.fake import RacingDevice
 from common.engine.step import Launched, Outcome, Sampled, Scored
 from common.memory.page_allocator import PageAllocator
@@ -132,31 +134,106 @@ def test_what_the_capturer_hands_out_is_owned():
     capturer = RoutedExpertsCapturer(SPEC, 5, torch.device("cpu"))
     first, second = (torch.from_numpy(make_rows(SPEC, 4, seed)) for seed in (1, 2))
     for layer in range(SPEC.num_layers):
-        capturer.record(layer, first[:, layer].to(torch.int64))
+        capturer.target(layer, 4).copy_(first[:, layer].to(torch.int64))
     taken = capturer.take(4)
     for layer in range(SPEC.num_layers):
-        capturer.record(layer, second[:, layer])
+        capturer.target(layer, 4).copy_(second[:, layer])
     assert torch.equal(taken, first)
     assert torch.equal(capturer.take(4), second)
     capturer.buffer.fill_(255)
     assert torch.equal(taken, first)
 
 
-@pytest.mark.parametrize("device", [CpuDevice(), RacingDevice()])
-def test_copies_to_the_host_need_owned_sources(device: CpuDevice):
+def test_what_settle_returns_is_owned():
+    """The landed arrays are worth nothing after it; tokens, logprobs and rows are still what they were."""
+    rows = make_rows(SPEC, 2)
+    copies = Copies(
+        rows=rows.copy(), tokens=[40, 41], logprobs=[-0.5, -0.25], top_logprobs=[[-1.0], [-2.0]], top_ids=[[1], [2]]
+    )
+    launched, cache, slots = launch(plan_of((1, 1), (1, 1), tops=(1, 1)), copies)
+    result = launched.settle()
+    for array in copies.arrays.values():
+        array.fill(99)
+    assert [outcome.sampled for outcome in result.outcomes] == [
+        (Sampled(40, -0.5, [(-1.0, 1)]),),
+        (Sampled(41, -0.25, [(-2.0, 2)]),),
+    ]
+    np.testing.assert_array_equal(cache.read(slots)[0], rows)
+
+
+# ------------------------------------------------------------------------------------------------ staging
+
+
+@pytest.fixture(params=[CpuDevice, RacingDevice])
+def device(request: pytest.FixtureRequest) -> Device:
+    made: Device = request.param()
+    return made
+
+
+def test_copies_to_the_host_need_owned_sources(device: Device):
     """Why the copy is needed: what is written after the launch is what lands."""
     source = torch.zeros(3)
-    copies = device.copy_to_host({"source": source})
+    copies = device.begin_step().copy_to_host({"source": source})
     source.fill_(7)
     assert (copies.wait()["source"] == 7).all()
 
 
-@pytest.mark.parametrize("device", [CpuDevice(), RacingDevice()])
-def test_an_uploaded_array_may_be_dropped_at_once(device: CpuDevice):
-    array = np.arange(4)
-    uploaded = device.upload(array)
+def test_an_uploaded_array_may_be_dropped_at_once(device: Device):
+    staging, array, target = device.begin_step(), np.arange(4), torch.zeros(2, 2, dtype=torch.int64)
+    uploaded = [device.upload(array), staging.upload(array), staging.upload(array.reshape(2, 2))]
+    staging.upload_into(array, target)
     array[:] = 9
-    assert uploaded.tolist() == [0, 1, 2, 3]
+    assert all(tensor.flatten().tolist() == [0, 1, 2, 3] for tensor in [*uploaded, target])
+    assert uploaded[2].shape == (2, 2)
+
+
+@pytest.mark.parametrize("array", [np.arange(3), np.arange(5), np.arange(4, dtype=np.int32)])
+def test_an_array_goes_into_a_tensor_of_its_kind_alone(device: Device, array: np.ndarray):
+    with pytest.raises(AssertionError):
+        device.begin_step().upload_into(array, torch.zeros(4, dtype=torch.int64))
+
+
+@given(sizes=st.lists(st.lists(st.integers(0, 200_000), max_size=8), min_size=1, max_size=4))
+def test_pieces_of_an_arena_are_aligned_and_never_overlap(sizes: list[list[int]]):
+    """Not with each other, and not with those of a memory that was outgrown; what one step needed, the next one finds."""
+    arena = Arena(pinned=False)
+    for step in sizes:
+        pieces = [arena.take(num_bytes) for num_bytes in step]
+        for i, piece in enumerate(pieces):
+            piece.fill(i)
+        assert all((piece == i).all() for i, piece in enumerate(pieces))
+        assert [len(piece) for piece in pieces] == step
+        base = torch.empty(0, dtype=torch.uint8).data_ptr()
+        starts = [piece.__array_interface__["data"][0] - base for piece in pieces if len(piece)]
+        assert len(set(starts)) == len(starts)
+        arena.reset()
+
+
+def test_a_step_keeps_its_staging_until_it_has_settled():
+    """Two steps in flight have two; a settled one's goes to the next step, and what it held is gone (R3)."""
+    device = RacingDevice()
+    first, second = device.begin_step(), device.begin_step()
+    assert first is not second
+    uploads = [staging.upload(np.full(3, token)) for staging, token in ((first, 1), (second, 2))]
+    copies = [staging.copy_to_host({"x": x}) for staging, x in zip((first, second), uploads, strict=True)]
+    landed = copies[0].wait()["x"]
+    assert landed.tolist() == [1, 1, 1]
+    assert uploads[0].tolist() == [-1, -1, -1], "an upload is used after its step has settled, and nobody sees it"
+    assert uploads[1].tolist() == [2, 2, 2]
+    third = device.begin_step()
+    assert third is first
+    assert landed.tolist() == [-1, -1, -1], "landed arrays are used after the next launch, and nobody sees it"
+    third.upload(np.full(3, 3))
+    assert copies[1].wait()["x"].tolist() == [2, 2, 2]
+
+
+def test_a_staging_that_is_handed_on_too_early_shows():
+    """The check above can fail: with one staging for all steps, the second step's upload lands in the first one's result."""
+    staging = RacingDevice().begin_step()
+    copies = staging.copy_to_host({"x": staging.upload(np.full(3, 1))})
+    staging._uploads.reset()  # type: ignore[attr-defined]  # as if the step had settled
+    staging.upload(np.full(3, 2))
+    assert copies.wait()["x"].tolist() == [2, 2, 2]
 
 
 # ------------------------------------------------------------------------------------------------ the type checker

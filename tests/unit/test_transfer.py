@@ -1,19 +1,26 @@
 """The transfer over the loopback, with every fault it can have: pages end quiet, requests end with an answer or a named stage."""
 
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from msgspec.structs import replace
 
-from common.messages import KvAbort, KvRequest
-from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
+from common.messages import FirstToken, KvAbort, KvRequest, PoolInfo
+from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, nothing, options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
 from transfer.config import TransferOptions
-from transfer.loopback import Fault
+from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, Mailbox
+from transfer.handshake import PROTOCOL
+from transfer.loopback import Fault, FaultPolicy, LoopbackAgent, LoopbackLink, LoopbackNetwork
 from transfer.plan import WriteTag, complete_pages
+from transfer.receiver import KvArrived, ReceiveKv, Receiver
+from transfer.sender import FinishRoom, OpenRoom, PagesReady, Sender
 from transfer.state import ReceiverState, SenderState, advance
 
 OPTIONS = TransferOptions(lease_s=10.0, transfer_deadline_s=30.0)
@@ -171,6 +178,17 @@ def test_layouts_that_differ_are_refused(checkpoint: Path):
     pair.check_nothing_held(pair.decode)
 
 
+@pytest.mark.parametrize("protocol", [PROTOCOL - 1, PROTOCOL + 1])
+def test_protocols_that_differ_are_refused(checkpoint: Path, protocol: int):
+    """An older or newer worker is told so, before a message of its own is taken for one of ours."""
+    pair = InProcessPair(checkpoint, transfer=OPTIONS)
+    pair.receiver._hello = replace(pair.receiver._hello, protocol=protocol)
+    pair.submit("r", [1, 2, 3], options_of(4))
+    pair.settle()
+    assert f"control protocol {protocol} here, {PROTOCOL} there" in failed_error(pair, "decode").message
+    pair.check_nothing_held(pair.decode)
+
+
 def test_a_prefill_worker_that_was_restarted_is_greeted_again(checkpoint: Path):
     """A new process at the old address has never heard of this worker: it is told who asks, and the request goes on."""
     pair = InProcessPair(checkpoint, transfer=OPTIONS)
@@ -260,3 +278,209 @@ def test_write_tags_survive_the_wire():
     tag = WriteTag(2**63 - 1, 7, 12)
     assert WriteTag.decode(tag.encode()) == tag
     assert WriteTag.decode(b"noise") is None
+
+
+# ------------------------------------------------------------------------------------------------ timings
+
+
+class NotedLink(LoopbackLink[Any, Any]):
+    """Keeps how long it would have waited last."""
+
+    waited = math.nan
+
+    def wait(self, timeout_s: float) -> None:
+        self.waited = timeout_s
+
+
+class DeafAgent(LoopbackAgent):
+    """Hears of no arrival as long as it is deaf."""
+
+    deaf = False
+
+    def arrivals(self) -> list[tuple[str, bytes]]:
+        return [] if self.deaf else super().arrivals()
+
+
+class Bench:
+    """A sender and a receiver without engines, over a loopback; the clock is the test's."""
+
+    ROOM = 1
+
+    def __init__(self, faults: FaultPolicy) -> None:
+        self.clock = 0.0
+        self.network = LoopbackNetwork(faults)
+        pool = PoolInfo(
+            base_address=0, num_pages=8, page_bytes=4, page_size=2, device_id=0, memory="DRAM", layout="bench"
+        )
+        links: dict[str, Any] = {}
+        for name in (PREFILL, DECODE):
+            links[name] = NotedLink(name, links, self.network)
+        self.links = (links[PREFILL], links[DECODE])
+        self.decode_agent = DeafAgent(DECODE, torch.zeros(8, 4, dtype=torch.uint8), self.network)
+        self.sender = Sender(
+            LoopbackAgent(PREFILL, torch.arange(32, dtype=torch.uint8).reshape(8, 4), self.network),
+            links[PREFILL],
+            Mailbox(nothing, nothing),
+            pool,
+            OPTIONS,
+            peer_id=PREFILL,
+            weight_version="w",
+            clock=lambda: self.clock,
+        )
+        self.receiver = Receiver(
+            self.decode_agent,
+            links[DECODE],
+            Mailbox(nothing, nothing),
+            pool,
+            OPTIONS,
+            peer_id=DECODE,
+            weight_version="w",
+        )
+
+    def open(self) -> None:
+        self.sender.mailbox.submit(OpenRoom(self.ROOM, 6, b"digest"))
+
+    def ask(self) -> None:
+        self.receiver.mailbox.submit(
+            ReceiveKv(room=self.ROOM, source=PREFILL, pages=[5, 6, 7], prompt_tokens=6, prompt_digest=b"digest")
+        )
+
+    def chunk(self, *pages: int) -> None:
+        self.sender.mailbox.submit(PagesReady(self.ROOM, list(pages)))
+
+    def finish(self) -> None:
+        self.sender.mailbox.submit(FinishRoom(self.ROOM, FirstToken(token_id=1, logprob=-1.0), self.clock))
+
+    def at(self, clock: float) -> None:
+        """Move the clock there, and turn until nothing is under way."""
+        self.clock = clock
+        for _ in range(3):
+            self.receiver.turn(0.0)
+            self.sender.turn(0.0)
+        self.receiver.turn(0.0)
+
+    @property
+    def waits(self) -> tuple[float, float]:
+        """How long sender and receiver would sleep now."""
+        self.sender.wait()
+        self.receiver.wait()
+        prefill, decode = self.links
+        return prefill.waited, decode.waited
+
+    def arrived(self) -> KvArrived:
+        [event] = self.receiver.mailbox.events()
+        assert isinstance(event, KvArrived)
+        return event
+
+
+def delay_writes(what: str) -> Fault:
+    """Every write is in progress until it is released."""
+    return Fault.DELAY if what == "write" else Fault.NONE
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench(delay_writes)
+
+
+def test_time_in_which_writes_overlap_counts_once(bench: Bench):
+    """Two writes at once from 10 to 14, none until 20, one from 20 to 23: 7 s; the prefill has ended at 20: 3 s are exposed."""
+    bench.open()
+    bench.ask()
+    bench.chunk(0)
+    bench.at(10)
+    bench.chunk(1)
+    bench.at(12)
+    bench.network.release()
+    bench.at(14)
+    bench.chunk(2)
+    bench.clock = 20
+    bench.finish()
+    bench.at(20)
+    bench.network.release()
+    bench.at(23)
+    arrived = bench.arrived()
+    assert (arrived.write_seconds, arrived.exposed_seconds, arrived.num_bytes) == (7, 3, 12)
+
+
+def test_what_the_prefill_hides_is_not_exposed(bench: Bench):
+    """All writes have completed when the prefill ends: nothing of them is exposed."""
+    bench.open()
+    bench.ask()
+    bench.chunk(0, 1, 2)
+    bench.at(10)
+    bench.network.release()
+    bench.at(15)
+    bench.clock = 30
+    bench.finish()
+    bench.at(30)
+    arrived = bench.arrived()
+    assert (arrived.write_seconds, arrived.exposed_seconds) == (5, 0)
+
+
+def test_a_wait_for_a_seat_is_not_a_transfer(bench: Bench):
+    """The decode side asks 40 s after the prefill has ended: what is exposed begins there, and is all of the transfer."""
+    bench.open()
+    bench.chunk(0, 1, 2)
+    bench.clock = 10
+    bench.finish()
+    bench.at(10)
+    bench.ask()
+    bench.at(50)
+    bench.network.release()
+    bench.at(52)
+    arrived = bench.arrived()
+    assert (arrived.write_seconds, arrived.exposed_seconds) == (2, 2)
+
+
+def test_the_engine_s_time_counts_from_its_own_thread(bench: Bench):
+    """The token waited 4 s for the transfer's thread: the request waited for it too."""
+    bench.open()
+    bench.ask()
+    bench.at(1)
+    bench.clock = 10
+    bench.chunk(0, 1, 2)
+    bench.finish()
+    bench.at(14)
+    bench.network.release()
+    bench.at(15)
+    arrived = bench.arrived()
+    assert (arrived.write_seconds, arrived.exposed_seconds) == (1, 5)
+
+
+def test_a_write_that_completes_at_once_needs_no_second_turn():
+    """A write between hosts' memories is over when it is posted: the peer hears of it in the turn that posts it."""
+    faults = Script()
+    bench = Bench(faults)
+    bench.open()
+    bench.ask()
+    bench.at(1)
+    bench.chunk(0, 1, 2)
+    bench.finish()
+    bench.sender.turn(0.0)
+    assert faults.seen[-2:] == ["write", "KvDone"]
+    bench.at(2)
+    assert bench.arrived().num_bytes == 12
+
+
+def test_pauses_are_short_only_while_a_request_waits_for_the_next_look():
+    """The sender naps while it writes, the receiver while all is written and notifications are outstanding."""
+    bench = Bench(delay_writes)
+    bench.open()
+    bench.at(1)
+    assert bench.waits == (IDLE_WAIT_S, IDLE_WAIT_S)
+    bench.ask()
+    bench.at(2)
+    assert bench.waits == (IDLE_WAIT_S, LANDING_WAIT_S)
+    bench.chunk(0, 1, 2)
+    bench.at(3)
+    assert bench.waits == (NAP_S, LANDING_WAIT_S)
+    bench.finish()
+    bench.network.release()
+    bench.decode_agent.deaf = True
+    bench.at(4)
+    assert bench.waits == (IDLE_WAIT_S, NAP_S)
+    bench.decode_agent.deaf = False
+    bench.at(5)
+    assert bench.waits == (IDLE_WAIT_S, IDLE_WAIT_S)
+    assert bench.arrived()

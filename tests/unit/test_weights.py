@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from common.config import ModelOptions
 from common.errors import CheckpointError, UsageError
+from common.kernels.torch_kernels import TorchKernels
 from common.models.config import load_model_config, resolve_checkpoint
 from common.models.qwen3_moe import Qwen3Moe
 from common.models.registry import build_model
@@ -36,7 +37,7 @@ def folder(checkpoints, tmp_path) -> Path:
 
 
 def load(folder: Path, **options: Any) -> Qwen3Moe:
-    model = build_model(load_model_config(folder), ModelOptions(model=str(folder), **options), CPU)
+    model = build_model(load_model_config(folder), ModelOptions(model=str(folder), **options), CPU, TorchKernels())
     assert isinstance(model, Qwen3Moe)
     return model
 

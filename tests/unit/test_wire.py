@@ -125,7 +125,14 @@ TO_PREFILL: list[DecodeToPrefill] = [
 ]
 TO_DECODE: list[PrefillToDecode] = [
     HelloReply(peer="prefill-1", refusal="layouts differ"),
-    KvDone(room=1, generation=2, num_writes=3, write_seconds=0.5, first_token=FirstToken(token_id=4, logprob=-0.125)),
+    KvDone(
+        room=1,
+        generation=2,
+        num_writes=3,
+        write_seconds=0.5,
+        exposed_seconds=0.25,
+        first_token=FirstToken(token_id=4, logprob=-0.125),
+    ),
     KvClosed(room=1, generation=2, error="gone", stage="transfer"),
 ]
 
@@ -361,6 +368,22 @@ async def test_a_wake_ends_a_wait_in_another_thread(
         thread.join(DEADLINE_S)
         assert not thread.is_alive()
         assert link._poller.poll(0) == [], "the wake is used up"
+
+
+@pytest.mark.parametrize("end", ["engine", "listener", "dialer"])
+async def test_a_wait_of_less_than_a_millisecond_does_not_become_one(
+    end: str, channels: tuple[EngineChannel, FrontendChannel], control: Control, monkeypatch: pytest.MonkeyPatch
+):
+    """ZMQ's poller knows whole milliseconds only, and 1 ms is half of a large write; the wake that came meanwhile is used up."""
+    link = {"engine": channels[0], "listener": control.listener, "dialer": control.dial("decode-a")}[end]
+    slept: list[float] = []
+    monkeypatch.setattr("common.wire.time.sleep", slept.append)
+    monkeypatch.setattr(link._poller, "poll", None)
+    link.wake()
+    link.wait(0.00002)
+    assert slept == [0.00002]
+    monkeypatch.undo()
+    assert link._poller.poll(0) == []
 
 
 async def test_a_message_ends_a_wait(channels: tuple[EngineChannel, FrontendChannel]):

@@ -446,6 +446,17 @@ async def test_what_a_worker_says_of_itself():
         assert (await worker.get("/server_info"))[1]["disaggregation_mode"] == "decode"
 
 
+async def test_an_aggregated_worker_takes_whole_requests_alone():
+    async with scripted_worker("aggregated", request_deadline_s=0.2) as worker:
+        status, body = await worker.post(**asked())
+        assert (status, body["error"]["leg"]) == (400, None)
+        assert "bootstrap_room" in body["error"]["message"]
+        status, body = await worker.post(input_ids=PROMPT)
+        assert (status, body["error"]["leg"], body["error"]["stage"]) == (504, None, "generate")
+        worker.engine.on_message = lambda message: answer_control(worker, message)
+        assert (await worker.get("/server_info"))[1]["disaggregation_mode"] == "null"
+
+
 # ------------------------------------------------------------------------------------------------ large rows
 
 

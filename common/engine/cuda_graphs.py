@@ -1,0 +1,134 @@
+"""Decode steps as CUDA graphs: one captured forward pass for each padded batch size, replayed with new inputs in its buffers.
+
+A step of n one-token requests runs in the smallest graph of B >= n lanes. The B - n padding lanes write their keys and values to
+the padding page, which nobody is ever given, go to no expert, and leave rows in the capture buffer that nobody takes. The forward
+pass alone is captured; logits and sampling follow it eagerly, as they do in every other step.
+
+Neighbours: `common.engine.batch` (the layout that is padded), `common.kernels.flashinfer_attention` (planned before each replay).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from common.engine.batch import Ints, PerDraw, PerToken, StepBatch, StepLayout, known_or_last, sampling_of, split_ints
+from common.engine.device import StepStaging
+from common.kernels.attention import AttentionPlan
+from common.kernels.flashinfer_attention import FixedDecode, FlashinferAttention
+from common.memory.kv_pool import KvPool
+from common.models.forward import ForwardBatch, MoeModel, RoutingSink
+
+_NUM_COLUMNS = len(PerToken._fields) + len(PerDraw._fields)
+_SLOTS = PerToken._fields.index("slots")
+_NOTHING = AttentionPlan(*(np.array(values, dtype=np.int32) for values in ([0], [], [0], [])))
+
+
+class DecodeGraphs:
+    """The graphs of one engine. Captures all of them when it is made, which takes some seconds."""
+
+    def __init__(
+        self,
+        model: MoeModel,
+        kv_pool: KvPool,
+        attention: FlashinferAttention,
+        routing: RoutingSink,
+        last_tokens_R: torch.Tensor,
+        *,
+        sizes: Sequence[int],
+        pages_per_request: int,
+        captured: bool,
+    ) -> None:
+        """`sizes` rise. Without `captured` the same padded steps run eagerly, to compare or to debug."""
+        device = kv_pool.pages.device
+        self._model, self._kv_pool, self._routing = model, kv_pool, routing
+        self._last_tokens_R = last_tokens_R
+        self._sizes = tuple(sizes)
+        largest = self._sizes[-1]
+        self._ints = torch.zeros(_NUM_COLUMNS * largest + 1, dtype=torch.int64, device=device)
+        # Starts, tokens on the last page, and pages: siblings may share pages, so the pool's size is no bound.
+        attention_ints = 2 * largest + 1 + largest * pages_per_request
+        self._attention_ints = torch.zeros(attention_ints, dtype=torch.int32, device=device)
+        pool: Any = torch.cuda.graph_pool_handle() if captured else None
+        # The largest first, so that the smaller ones fit into the memory that it has taken.
+        self._lanes = {
+            size: self._prepare(attention.fixed_decode(size, self._attention_ints), size, pool)
+            for size in reversed(self._sizes)
+        }
+
+    def takes(self, layout: StepLayout) -> bool:
+        """Whether every entry of the step is one token that yields one, and there is a graph of that many lanes."""
+        num_entries = len(layout.attention.context_tokens)
+        return (
+            num_entries == layout.num_tokens == layout.num_draws
+            and num_entries <= self._sizes[-1]
+            and layout.scored is None
+        )
+
+    def run(self, layout: StepLayout, staging: StepStaging) -> tuple[StepBatch, torch.Tensor]:
+        """Launch a step; returns its tensors and its hidden states `[n, D]`, which the next step's launch overwrites."""
+        size = next(size for size in self._sizes if size >= layout.num_tokens)
+        ints = self._ints[: _NUM_COLUMNS * size + 1]
+        staging.upload_into(self._padded(layout.ints, layout.num_tokens, size), ints)
+        lanes = self._lanes[size]
+        packed = lanes.attention.pack(layout.attention, self._kv_pool.padding_page)
+        staging.upload_into(packed, self._attention_ints[: len(packed)])
+        lanes.attention.plan(packed)
+        hidden_BD = lanes.run()
+        draws = PerDraw(*(column[: layout.num_draws] for column in lanes.draws))
+        sampling = sampling_of(layout, draws, staging.upload(layout.params_3S))
+        return StepBatch(lanes.forward, draws, sampling, None), hidden_BD[: layout.num_tokens]
+
+    def _padded(self, ints: Ints, num_tokens: int, size: int) -> Ints:
+        """A step's columns with zeros in the padding lanes, but for their slots, and the number of real lanes behind them."""
+        padded = np.zeros(_NUM_COLUMNS * size + 1, dtype=np.int64)
+        columns = padded[:-1].reshape(_NUM_COLUMNS, size)
+        columns[:, :num_tokens] = ints.reshape(_NUM_COLUMNS, num_tokens)
+        columns[_SLOTS, num_tokens:] = self._kv_pool.padding_page * self._kv_pool.layout.page_size
+        padded[-1] = num_tokens
+        return padded
+
+    def _prepare(self, attention: FixedDecode, size: int, pool: Any) -> "_Lanes":
+        """Run a step of padding alone, which compiles what is not compiled yet, and capture the next one."""
+        ints = self._ints[: _NUM_COLUMNS * size + 1]
+        nothing: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        ints.copy_(torch.from_numpy(self._padded(nothing, 0, size)))
+        packed = attention.pack(_NOTHING, self._kv_pool.padding_page)
+        self._attention_ints[: len(packed)].copy_(torch.from_numpy(packed))
+        attention.plan(packed)
+        tokens, draws = split_ints(ints[:-1], size, size)
+
+        def forward() -> tuple[ForwardBatch, torch.Tensor]:
+            batch = ForwardBatch(
+                token_ids_T=known_or_last(tokens, self._last_tokens_R),
+                positions_T=tokens.positions,
+                slots_T=tokens.slots,
+                attention=attention,
+                routing=self._routing,
+                num_tokens=ints[-1:],
+            )
+            return batch, self._model(batch, self._kv_pool)
+
+        batch, hidden_BD = forward()
+        if pool is None:
+            return _Lanes(attention, draws, batch, lambda: forward()[1])
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            batch, hidden_BD = forward()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return hidden_BD
+
+        return _Lanes(attention, draws, batch, replay)
+
+
+class _Lanes(NamedTuple):
+    """What there is of one padded size: views of the buffers, and the forward pass over them."""
+
+    attention: FixedDecode
+    draws: PerDraw[torch.Tensor]
+    forward: ForwardBatch
+    run: Callable[[], torch.Tensor]

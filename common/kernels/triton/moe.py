@@ -1,0 +1,370 @@
+"""The experts of one MoE layer in Triton: routing, and two ways through the expert products, for few and for many tokens.
+
+Few tokens read far more weights than they compute with, so each program streams one slab of one expert's weights past the
+tokens that chose it (`few_tokens`). Many tokens compute, so they are sorted by expert and go through torch's grouped product
+(`many_tokens`). Both start from `route`, which also writes the routed-expert row of each token where the capturer wants it.
+
+Shape letters: T tokens, D hidden size, E experts, K top-k, I expert width, A = T * K assignments; assignment t * K + k is the
+k-th expert of token t. The twins are in `common.kernels.reference`; launch parameters are in `configs`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from common.kernels.triton.tuning import Tile, tiles_for
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Who goes where: the result of `route`, on the device."""
+
+    weights_TK: torch.Tensor
+    """Weights of the chosen experts, in the hidden dtype."""
+    ids_TK: torch.Tensor
+    """The row of each token, in the capturer's dtype; a strided view of its buffer."""
+    places_TK: torch.Tensor
+    """int32: which of its expert's assignments this one is, from 0; in no particular order."""
+    counts_E: torch.Tensor
+    """int32: how many assignments each expert has."""
+    members_ET: torch.Tensor
+    """int32: each expert's assignments by place; only the first `counts_E` of each are set."""
+
+
+# ------------------------------------------------------------------------------------------------ routing
+
+
+def route(
+    logits_TE: torch.Tensor,
+    ids_TK: torch.Tensor,
+    counts_E: torch.Tensor,
+    *,
+    norm_topk_prob: bool,
+    num_tokens: torch.Tensor | None = None,
+) -> Routing:
+    """Choose each token's K likeliest experts, write them to `ids_TK` (any integer dtype, last dimension contiguous) and
+    count them in `counts_E` (int32, zeros).
+
+    Softmax and weights are computed in float32; of two equally likely experts the lower id comes first. `num_tokens` (one
+    int64 on the device) is for padded batches: tokens from there on go nowhere, and nothing is written for them.
+    """
+    (total, num_experts), top_k = logits_TE.shape, ids_TK.shape[1]
+    device = logits_TE.device
+    weights_TK = torch.empty((total, top_k), dtype=logits_TE.dtype, device=device)
+    places_TK = torch.empty((total, top_k), dtype=torch.int32, device=device)
+    members_ET = torch.empty((num_experts, total), dtype=torch.int32, device=device)
+    _route[(total,)](
+        logits_TE,
+        weights_TK,
+        ids_TK,
+        places_TK,
+        counts_E,
+        members_ET,
+        num_tokens,
+        ids_TK.stride(0),
+        total,
+        E=num_experts,
+        E_BLOCK=triton.next_power_of_2(num_experts),
+        K=top_k,
+        K_BLOCK=triton.next_power_of_2(top_k),
+        NORMALISE=norm_topk_prob,
+        IS_PADDED=num_tokens is not None,
+        num_warps=1,
+    )
+    return Routing(weights_TK, ids_TK, places_TK, counts_E, members_ET)
+
+
+@triton.jit(
+    do_not_specialize=["ids_stride", "capacity"], do_not_specialize_on_alignment=["ids", "num_tokens", "counts"]
+)
+def _route(
+    logits,
+    weights,
+    ids,
+    places,
+    counts,
+    members,
+    num_tokens,
+    ids_stride,
+    capacity,
+    E: tl.constexpr,
+    E_BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    IS_PADDED: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    if IS_PADDED:
+        if token >= tl.load(num_tokens):
+            return
+    experts = tl.arange(0, E_BLOCK)
+    ranks = tl.arange(0, K_BLOCK)
+    logit = tl.load(logits + token * E + experts, mask=experts < E, other=-float("inf")).to(tl.float32)
+    exponential = tl.exp(logit - tl.max(logit))
+    probability = exponential / tl.sum(exponential)
+    chosen = tl.zeros([K_BLOCK], dtype=tl.int32)
+    weight = tl.zeros([K_BLOCK], dtype=tl.float32)
+    for k in tl.static_range(K):
+        best, expert = tl.max(probability, 0, return_indices=True)
+        chosen = tl.where(ranks == k, expert, chosen)
+        weight = tl.where(ranks == k, best, weight)
+        probability = tl.where(experts == expert, -1.0, probability)
+    if NORMALISE:
+        weight = weight / tl.sum(weight)
+    is_rank = ranks < K
+    tl.store(weights + token * K + ranks, weight, mask=is_rank)
+    tl.store(ids + token * ids_stride + ranks, chosen, mask=is_rank)
+    place = tl.atomic_add(counts + chosen, 1, mask=is_rank)
+    tl.store(places + token * K + ranks, place, mask=is_rank)
+    tl.store(members + chosen * capacity + place, (token * K + ranks).to(tl.int32), mask=is_rank)
+
+
+# ------------------------------------------------------------------------------------------------ few tokens
+
+
+def few_tokens(
+    hidden_TD: torch.Tensor, routing: Routing, gate_up_E2ID: torch.Tensor, down_EDI: torch.Tensor
+) -> torch.Tensor:
+    """Run tokens through their experts; returns their weighted outputs `[T, K, D]`, not yet added up."""
+    num_experts, hidden_size, width = down_EDI.shape
+    tiles = tiles_for(
+        len(hidden_TD),
+        num_experts=num_experts,
+        top_k=routing.ids_TK.shape[1],
+        hidden_size=hidden_size,
+        width=width,
+    )
+    inner_AI = gate_up(hidden_TD, routing, gate_up_E2ID, tiles.gate_up)
+    return down(inner_AI, routing, down_EDI, tiles.down)
+
+
+def gate_up(hidden_TD: torch.Tensor, routing: Routing, gate_up_E2ID: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """`silu(gate) * up` of every assignment, `[A, I]`."""
+    total, top_k = routing.ids_TK.shape
+    num_experts, width2, hidden_size = gate_up_E2ID.shape
+    width = width2 // 2
+    inner_AI = torch.empty((total * top_k, width), dtype=hidden_TD.dtype, device=hidden_TD.device)
+    num_slabs = triton.cdiv(width, tile.n)
+    _gate_up[(num_experts * num_slabs,)](
+        hidden_TD,
+        TensorDescriptor.from_tensor(gate_up_E2ID.flatten(0, 1), [tile.n, tile.k]),
+        inner_AI,
+        routing.counts_E,
+        routing.members_ET,
+        total,
+        D=hidden_size,
+        I=width,
+        K=top_k,
+        NUM_SLABS=num_slabs,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return inner_AI
+
+
+def down(inner_AI: torch.Tensor, routing: Routing, down_EDI: torch.Tensor, tile: Tile) -> torch.Tensor:
+    """The experts' second product times the assignments' weights, `[T, K, D]`."""
+    total, top_k = routing.ids_TK.shape
+    num_experts, hidden_size, width = down_EDI.shape
+    out_TKD = torch.empty((total, top_k, hidden_size), dtype=inner_AI.dtype, device=inner_AI.device)
+    num_slabs = triton.cdiv(hidden_size, tile.n)
+    _down[(num_experts * num_slabs,)](
+        inner_AI,
+        TensorDescriptor.from_tensor(down_EDI.flatten(0, 1), [tile.n, tile.k]),
+        out_TKD,
+        routing.weights_TK,
+        routing.counts_E,
+        routing.members_ET,
+        total,
+        D=hidden_size,
+        I=width,
+        NUM_SLABS=num_slabs,
+        BLOCK_M=tile.m,
+        BLOCK_N=tile.n,
+        BLOCK_K=tile.k,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out_TKD
+
+
+# A program owns BLOCK_N rows of one expert's weights and takes them past that expert's tokens, BLOCK_M at a time. The product
+# is weights by tokens, not tokens by weights: that puts the long side where the tensor cores want 64 rows, and few tokens cost
+# no padding. The weights' tiles come by the copy engine, and may reach into the next expert: those rows are never stored.
+
+
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["counts"])
+def _gate_up(
+    hidden,
+    weight,
+    inner,
+    counts,
+    members,
+    capacity,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    K: tl.constexpr,
+    NUM_SLABS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    expert = tl.program_id(0) // NUM_SLABS
+    count = tl.load(counts + expert)
+    if count == 0:
+        return
+    first_row = (tl.program_id(0) % NUM_SLABS) * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    for first in range(0, count, BLOCK_M):
+        places = first + tl.arange(0, BLOCK_M)
+        is_member = places < count
+        assignments = tl.load(members + expert * capacity + places, mask=is_member, other=0)
+        tokens = hidden + (assignments // K).to(tl.int64)[None, :] * D
+        gate = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        for k0 in range(0, D, BLOCK_K):
+            k = k0 + ks
+            mask = is_member[None, :] if D % BLOCK_K == 0 else is_member[None, :] & (k < D)[:, None]
+            x = tl.load(tokens + k[:, None], mask=mask, other=0.0)
+            gate = tl.dot(weight.load([expert * 2 * I + first_row, k0]), x, gate)
+            up = tl.dot(weight.load([expert * 2 * I + I + first_row, k0]), x, up)
+        out = inner + assignments.to(tl.int64)[None, :] * I + rows[:, None]
+        activated = (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty)
+        tl.store(out, activated, mask=is_member[None, :] & (rows < I)[:, None])
+
+
+@triton.jit(do_not_specialize=["capacity"], do_not_specialize_on_alignment=["counts"])
+def _down(
+    inner,
+    weight,
+    out,
+    assignment_weights,
+    counts,
+    members,
+    capacity,
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    NUM_SLABS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    expert = tl.program_id(0) // NUM_SLABS
+    count = tl.load(counts + expert)
+    if count == 0:
+        return
+    first_row = (tl.program_id(0) % NUM_SLABS) * BLOCK_N
+    rows = first_row + tl.arange(0, BLOCK_N)
+    ks = tl.arange(0, BLOCK_K)
+    for first in range(0, count, BLOCK_M):
+        places = first + tl.arange(0, BLOCK_M)
+        is_member = places < count
+        assignments = tl.load(members + expert * capacity + places, mask=is_member, other=0)
+        inputs = inner + assignments.to(tl.int64)[None, :] * I
+        product = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
+        for k0 in range(0, I, BLOCK_K):
+            k = k0 + ks
+            mask = is_member[None, :] if I % BLOCK_K == 0 else is_member[None, :] & (k < I)[:, None]
+            x = tl.load(inputs + k[:, None], mask=mask, other=0.0)
+            product = tl.dot(weight.load([expert * D + first_row, k0]), x, product)
+        scale = tl.load(assignment_weights + assignments, mask=is_member, other=0.0).to(tl.float32)
+        target = out + assignments.to(tl.int64)[None, :] * D + rows[:, None]
+        weighted = (product * scale[None, :]).to(out.dtype.element_ty)
+        tl.store(target, weighted, mask=is_member[None, :] & (rows < D)[:, None])
+
+
+# ------------------------------------------------------------------------------------------------ many tokens
+
+
+def many_tokens(
+    hidden_TD: torch.Tensor, routing: Routing, gate_up_E2ID: torch.Tensor, down_EDI: torch.Tensor
+) -> torch.Tensor:
+    """Run tokens through their experts, sorted by expert; returns the sums of their weighted outputs `[T, D]`."""
+    (total, hidden_size), top_k = hidden_TD.shape, routing.ids_TK.shape[1]
+    width = down_EDI.shape[2]
+    ends_E = routing.counts_E.cumsum(0, dtype=torch.int32)
+    sorted_AD = hidden_TD.new_empty((total * top_k, hidden_size))
+    # Becomes the places among all assignments.
+    places_TK = torch.empty_like(routing.places_TK)
+    block = triton.next_power_of_2(hidden_size)
+    ids_TK = routing.ids_TK
+    _scatter[(total,)](
+        hidden_TD,
+        sorted_AD,
+        ids_TK,
+        routing.places_TK,
+        routing.counts_E,
+        ends_E,
+        places_TK,
+        ids_TK.stride(0),
+        D=hidden_size,
+        D_BLOCK=block,
+        K=top_k,
+        num_warps=4,
+    )
+    gate_up_A2I = F.grouped_mm(sorted_AD, gate_up_E2ID.transpose(1, 2), offs=ends_E)
+    inner_AI = hidden_TD.new_empty((total * top_k, width))
+    _silu_and_mul[(total * top_k,)](gate_up_A2I, inner_AI, I=width, I_BLOCK=triton.next_power_of_2(width), num_warps=4)
+    out_AD = F.grouped_mm(inner_AI, down_EDI.transpose(1, 2), offs=ends_E)
+    out_TD = torch.empty_like(hidden_TD)
+    _gather_sum[(total,)](
+        out_AD, out_TD, places_TK, routing.weights_TK, D=hidden_size, D_BLOCK=block, K=top_k, num_warps=4
+    )
+    return out_TD
+
+
+@triton.jit(do_not_specialize=["ids_stride"], do_not_specialize_on_alignment=["ids", "counts"])
+def _scatter(
+    hidden,
+    sorted_hidden,
+    ids,
+    places,
+    counts,
+    ends,
+    sorted_places,
+    ids_stride,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    K: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, D_BLOCK)
+    is_column = columns < D
+    x = tl.load(hidden + token * D + columns, mask=is_column)
+    for k in tl.static_range(K):
+        expert = tl.load(ids + token * ids_stride + k).to(tl.int32)
+        place = tl.load(ends + expert) - tl.load(counts + expert) + tl.load(places + token * K + k)
+        tl.store(sorted_hidden + place.to(tl.int64) * D + columns, x, mask=is_column)
+        tl.store(sorted_places + token * K + k, place)
+
+
+@triton.jit
+def _silu_and_mul(gate_up, inner, I: tl.constexpr, I_BLOCK: tl.constexpr):  # noqa: E741
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, I_BLOCK)
+    is_column = columns < I
+    gate = tl.load(gate_up + row * 2 * I + columns, mask=is_column, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + row * 2 * I + I + columns, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(inner + row * I + columns, (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty), mask=is_column)
+
+
+@triton.jit
+def _gather_sum(outputs, out, places, weights, D: tl.constexpr, D_BLOCK: tl.constexpr, K: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, D_BLOCK)
+    is_column = columns < D
+    total = tl.zeros([D_BLOCK], dtype=tl.float32)
+    for k in tl.static_range(K):
+        place = tl.load(places + token * K + k).to(tl.int64)
+        weight = tl.load(weights + token * K + k).to(tl.float32)
+        total += weight * tl.load(outputs + place * D + columns, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(out + token * D + columns, total.to(out.dtype.element_ty), mask=is_column)
