@@ -74,7 +74,9 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     overlap: Annotated[bool, option("prepare step n+1 while step n runs")] = True
     kernels: Annotated[
         Literal["auto", "torch", "fused"],
-        option("fused: Triton and flashinfer, for 16-bit types on a GPU; torch: slow, anywhere; auto: fused where it can run"),
+        option(
+            "fused: Triton and flashinfer, for 16-bit types on a GPU; torch: slow, anywhere; auto: fused where it can run"
+        ),
     ] = "auto"
     cuda_graphs: Annotated[bool, option("with fused kernels: run decode steps as captured CUDA graphs")] = True
     verify_rows: Annotated[bool, option("check every routed-expert row before it leaves")] = True

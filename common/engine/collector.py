@@ -1,4 +1,4 @@
-"""Gathers an ended request's rows off the step path: on a thread of its own where they are many, at once where they are few.
+"""Gathers an ended request's rows off the step path: on threads of their own where they are many, at once where they are few.
 
 A request keeps its pages while its rows are gathered; `holds` says so. Results come back through `poll`, in the engine's thread,
 so nobody else ever touches a request. Neighbours: `common.routed_experts.collect` (does the work), the roles' workers.
@@ -22,6 +22,9 @@ Rows = RowBlock | RowsError | None
 Done = Callable[[Rows], None]
 
 _SMALL_BYTES = 64 * 2**10
+_NUM_THREADS = (
+    4  # requests that end together are gathered together; numpy lets go of the interpreter's lock for most of it
+)
 
 
 class RowCollector:
@@ -31,7 +34,7 @@ class RowCollector:
         self._engine = engine
         self._verified = verified
         self._wake = wake
-        self._executor = ThreadPoolExecutor(1, "rows") if wake is not None else None
+        self._executor = ThreadPoolExecutor(_NUM_THREADS, "rows") if wake is not None else None
         self._pending: deque[tuple[Request, Future[Rows], Done]] = deque()
         self.num_refused = 0
 

@@ -111,7 +111,8 @@ class _PlannedPrefill:
         self._wrapper = wrapper
 
     def __call__(self, q_THd: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._wrapper.run(q_THd, (k_cache, v_cache))
+        # Its own would be filled with zeros first.
+        out: torch.Tensor = self._wrapper.run(q_THd, (k_cache, v_cache), out=torch.empty_like(q_THd))
         return out
 
 

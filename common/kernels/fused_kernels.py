@@ -51,6 +51,8 @@ class FusedKernels:
         logits_TE = F.linear(hidden_TD, gate_ED)
         routing = moe.route(logits_TE, ids_TK, counts_E, norm_topk_prob=norm_topk_prob, num_tokens=num_tokens)
         tuned = tuned_for(num_experts=num_experts, top_k=ids_TK.shape[1], hidden_size=hidden_size, width=width)
+        if len(hidden_TD) <= tuned.single_tokens:
+            return moe.single_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)
         run = moe.few_tokens if len(hidden_TD) <= tuned.few_tokens else moe.many_tokens
         return run(hidden_TD, routing, gate_up_E2ID, down_EDI)
 

@@ -8,6 +8,9 @@ Shape letters: T tokens, D hidden size, H query heads, h key/value heads, d head
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from common.kernels.triton.launch import overlapped
 
 _HEADS_A_PROGRAM = 8
 
@@ -29,13 +32,28 @@ def add_norm(
         D=hidden_size,
         D_BLOCK=triton.next_power_of_2(hidden_size),
         K=0 if delta is None else delta.numel() // x_TD.numel(),
-        num_warps=4,
+        num_warps=8,
+        **overlapped(),
     )
     return sum_TD, normed_TD
 
 
 @triton.jit
-def _add_norm(x, delta, weight, sums, normed, eps, D: tl.constexpr, D_BLOCK: tl.constexpr, K: tl.constexpr):
+def _add_norm(
+    x,
+    delta,
+    weight,
+    sums,
+    normed,
+    eps,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, D_BLOCK)
     is_column = columns < D
@@ -96,6 +114,7 @@ def norm_rotate_store(
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         HEADS=_HEADS_A_PROGRAM,
         num_warps=4,
+        **overlapped(),
     )
     return q_THd
 
@@ -122,7 +141,11 @@ def _norm_rotate_store(
     HALF: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     dims = tl.arange(0, HALF_BLOCK)

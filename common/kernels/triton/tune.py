@@ -25,6 +25,7 @@ from common.kernels.triton.tuning import Tile, Tiles, Tuned, config_path
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _KERNELS = ("gate_up", "down")
+_MOST_SINGLE = 8  # with more, tokens share experts, and reading one twice costs more than it gains
 _ROUTINGS = 4
 _SHARED_BYTES = 200_000
 _TIMINGS = 5
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> int:
         compiled = {(which, tile) for (_, which, tile), is_good in zip(jobs, are_good, strict=True) if is_good}
     weights = _Weights(shape)
     tiles: list[Tiles] = []
-    few_tokens = 0
+    single_tokens = few_tokens = 0
     for num_tokens in _TOKENS:
         cases = [weights.case(num_tokens) for _ in range(_ROUTINGS)]
         tiles_of = {
@@ -66,17 +67,23 @@ def main(argv: list[str]) -> int:
             (_time([partial(weights.run_gate_up, case, t) for case in cases]), t) for t in tiles_of["gate_up"]
         )
         down = min((_time([partial(weights.run_down, case, t) for case in cases]), t) for t in tiles_of["down"])
-        many = _time([partial(weights.run_many, case) for case in cases])
+        single, many = (_time([partial(run, case) for case in cases]) for run in (weights.run_single, weights.run_many))
         touched = sum(int((case.routing.counts_E > 0).sum()) for case in cases) / len(cases)
-        print(f"{num_tokens} tokens, {touched:.0f} experts touched, grouped product {many:.1f} us", flush=True)
+        print(
+            f"{num_tokens} tokens, {touched:.0f} experts touched, one by one {single:.1f} us, grouped {many:.1f} us",
+            flush=True,
+        )
         for which, (microseconds, tile) in (("gate_up", gate_up), ("down", down)):
             print(f"    {which} {microseconds:.1f} us, {tile}", flush=True)
+        if single < gate_up[0] + down[0] and num_tokens <= _MOST_SINGLE:
+            single_tokens = num_tokens
         if gate_up[0] + down[0] < many:
             few_tokens = num_tokens
             tiles.append(Tiles(tokens=num_tokens, gate_up=gate_up[1], down=down[1]))
     tuned = Tuned(
         command=f"python -m common.kernels.triton.tune {' '.join(argv)}",
         hardware=f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+        single_tokens=single_tokens,
         few_tokens=few_tokens,
         tiles=tiles,
     )
@@ -116,6 +123,10 @@ class _Weights:
     def run_down(self, case: _Case, tile: Tile) -> None:
         """Launch the second kernel for few tokens."""
         moe.down(case.inner, case.routing, self.down, tile)
+
+    def run_single(self, case: _Case) -> None:
+        """Launch all of the way for a token or two."""
+        moe.single_tokens(case.hidden, case.routing, self.gate_up, self.down)
 
     def run_many(self, case: _Case) -> None:
         """Launch all of the way for many tokens."""

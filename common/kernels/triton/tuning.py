@@ -36,6 +36,8 @@ class Tuned(Struct, frozen=True, kw_only=True):
 
     command: str
     hardware: str
+    single_tokens: int
+    """Up to as many tokens, each assignment goes for itself."""
     few_tokens: int
     """Steps of more tokens than this go through the grouped product."""
     tiles: list[Tiles]
@@ -55,7 +57,7 @@ def tuned_for(*, num_experts: int, top_k: int, hidden_size: int, width: int) -> 
         return msgspec.json.decode(path.read_bytes(), type=Tuned)
     few, many = Tile(m=16, n=64, k=64, warps=4, stages=4), Tile(m=64, n=64, k=64, warps=4, stages=3)
     guess = [Tiles(tokens=64, gate_up=few, down=few), Tiles(tokens=1024, gate_up=many, down=many)]
-    return Tuned(command="", hardware="", few_tokens=512, tiles=guess)
+    return Tuned(command="", hardware="", single_tokens=2, few_tokens=512, tiles=guess)
 
 
 @cache

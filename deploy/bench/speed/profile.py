@@ -51,7 +51,7 @@ class Kernel(Struct, frozen=True, kw_only=True):
 
 
 class Profile(Struct, frozen=True, kw_only=True):
-    """Some steps of one workload; the kernels of all streams, most time first, the gaps of the busiest one."""
+    """Some steps of one workload; the kernels of all streams, most time first, the gaps of the busiest one after its first step."""
 
     workload: str
     phase: str
@@ -64,11 +64,12 @@ class Profile(Struct, frozen=True, kw_only=True):
 def make_profile(trace: Path, *, workload: str, phase: str, num_steps: int) -> Profile:
     """Read what the profiler has written of `num_steps` steps."""
     activities = read_activities(trace)
+    main = main_stream(activities) if activities else []
     return Profile(
         workload=workload,
         phase=phase,
         num_steps=num_steps,
-        gaps=find_gaps(main_stream(activities)) if activities else None,
+        gaps=find_gaps(without_first_step(main, num_steps)) if main else None,
         kernels=sum_kernels(activities, num_steps),
     )
 
@@ -92,6 +93,15 @@ def main_stream(activities: Sequence[Activity]) -> list[Activity]:
         busy_us[activity.stream] += activity.duration_us
     chosen = max(busy_us, key=lambda stream: busy_us[stream])
     return [activity for activity in activities if activity.stream == chosen]
+
+
+def without_first_step(activities: Sequence[Activity], num_steps: int) -> list[Activity]:
+    """Leave a stream's first step out: nothing is in flight when the profiler starts, so the device has to wait for that one."""
+    begin = min(activity.start_us for activity in activities)
+    end = max(activity.start_us + activity.duration_us for activity in activities)
+    return [activity for activity in activities if activity.start_us >= begin + (end - begin) / num_steps] or list(
+        activities
+    )
 
 
 def find_gaps(activities: Iterable[Activity]) -> Gaps:
