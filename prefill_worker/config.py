@@ -13,7 +13,7 @@ class PrefillOptions(Struct, frozen=True, kw_only=True):
 
     chunked_prefill_tokens: Annotated[
         int, option("tokens of one step at most, over all prompts", unit="tokens", ge=1)
-    ] = 8192
+    ] = 16384
     bootstrap_host: Annotated[str, option("address that the control socket for decode workers listens on")] = (
         "127.0.0.1"
     )

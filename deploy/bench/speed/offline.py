@@ -70,7 +70,7 @@ class OfflineOptions(Struct, frozen=True, kw_only=True):
     rounds: Annotated[
         int, option("rounds of each kind, after one of each to warm up; 0: only profile", unit="rounds", ge=0)
     ] = 3
-    chunked_prefill_tokens: Annotated[int, option("prompt tokens of one step at most", unit="tokens", ge=1)] = 8192
+    chunked_prefill_tokens: Annotated[int, option("prompt tokens of one step at most", unit="tokens", ge=1)] = 16384
     seed: Annotated[int, option("of the prompts and of the sampling", ge=0)] = 1
     json: Annotated[str, option("write all that was measured there", metavar="FILE")] = ""
     profile: Annotated[
