@@ -78,7 +78,7 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
             "fused: Triton and flashinfer, for 16-bit types on a GPU; torch: slow, anywhere; auto: fused where it can run"
         ),
     ] = "auto"
-    cuda_graphs: Annotated[bool, option("with fused kernels: run decode steps as captured CUDA graphs")] = True
+    cuda_graphs: Annotated[bool, option("with fused kernels: run small steps as captured CUDA graphs")] = True
     verify_rows: Annotated[bool, option("check every routed-expert row before it leaves")] = True
     cpu_threads: Annotated[
         int, option("torch threads of an engine on a CPU; 0: half the cores", unit="threads", ge=0)

@@ -12,7 +12,7 @@ class AggregatedOptions(Struct, frozen=True, kw_only=True):
 
     chunked_prefill_tokens: Annotated[
         int, option("prompt tokens of one step at most, over all prompts", unit="tokens", ge=1)
-    ] = 8192
+    ] = 16384
     prefix_cache: Annotated[bool, option("keep prompts' KV and rows for later prompts that begin alike")] = True
 
 

@@ -226,14 +226,22 @@ def upload_layout(
 ) -> StepBatch:
     """Put a layout onto the device, and the tokens that the host does not know into their places."""
     tokens, draws = split_ints(staging.upload(layout.ints), layout.num_tokens, layout.num_draws)
+    forward = ForwardBatch(
+        token_ids_T=tokens.token_ids if layout.all_known else known_or_last(tokens, last_tokens_R),
+        positions_T=tokens.positions,
+        slots_T=tokens.slots,
+        attention=attention.plan(layout.attention, staging.upload),
+        routing=routing,
+    )
+    return complete_batch(forward, layout, draws, staging)
+
+
+def complete_batch(
+    forward: ForwardBatch, layout: StepLayout, draws: PerDraw[torch.Tensor], staging: StepStaging
+) -> StepBatch:
+    """Add what follows a step's forward pass: `draws` are the layout's, on the device."""
     return StepBatch(
-        forward=ForwardBatch(
-            token_ids_T=tokens.token_ids if layout.all_known else known_or_last(tokens, last_tokens_R),
-            positions_T=tokens.positions,
-            slots_T=tokens.slots,
-            attention=attention.plan(layout.attention, staging.upload),
-            routing=routing,
-        ),
+        forward=forward,
         draws=draws,
         sampling=None if layout.num_draws == 0 else sampling_of(layout, draws, staging.upload(layout.params_3S)),
         scored=None if layout.scored is None else _upload_scored(layout.scored, staging),

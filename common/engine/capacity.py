@@ -28,7 +28,7 @@ class CapacityPlan(Struct, frozen=True, kw_only=True):
     max_running_requests: int
     max_step_tokens: int
     graph_sizes: tuple[int, ...]
-    """Padded batch sizes of decode steps, rising; none is over `max_running_requests`, so a padded step fits all buffers."""
+    """Padded numbers of tokens of small steps, rising; none is over `max_running_requests`, so a padded step fits all buffers."""
     kv_pool_bytes: int
     """Of all pages and the padding page."""
     capture_buffer_bytes: int

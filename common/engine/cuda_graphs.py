@@ -1,8 +1,10 @@
-"""Decode steps as CUDA graphs: one captured forward pass for each padded batch size, replayed with new inputs in its buffers.
+"""Small steps as CUDA graphs: one captured forward pass for each padded number of tokens, replayed with new inputs in its buffers.
 
-A step of n one-token requests runs in the smallest graph of B >= n lanes. The B - n padding lanes write their keys and values to
-the padding page, which nobody is ever given, go to no expert, and leave rows in the capture buffer that nobody takes. The forward
-pass alone is captured; logits and sampling follow it eagerly, as they do in every other step.
+A step of T tokens runs in the smallest graph of B >= T lanes, one a token. A generated token is a lane by nature; the tokens of a
+short prompt become lanes too, each with a context that ends with itself, because launching a pass kernel by kernel takes longer
+than running it. The B - T padding lanes write their keys and values to the padding page, which nobody is ever given, go to no
+expert, and leave rows in the capture buffer that nobody takes. The forward pass alone is captured; logits and sampling follow it
+eagerly, as they do in every other step.
 
 Neighbours: `common.engine.batch` (the layout that is padded), `common.kernels.flashinfer_attention` (planned before each replay).
 """
@@ -14,19 +16,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.engine.batch import Ints, PerDraw, PerToken, StepBatch, StepLayout, known_or_last, sampling_of, split_ints
+from common.engine.batch import Ints, PerDraw, PerToken, StepBatch, StepLayout, complete_batch, known_or_last
 from common.engine.device import StepStaging
 from common.kernels.attention import AttentionPlan
 from common.kernels.flashinfer_attention import FixedDecode, FlashinferAttention
 from common.memory.kv_pool import KvPool
 from common.models.forward import ForwardBatch, MoeModel, RoutingSink
 
-_NUM_COLUMNS = len(PerToken._fields) + len(PerDraw._fields)
+_NUM_COLUMNS = len(PerToken._fields)
+_MOST_CONTEXT_TOKENS = 2**17
+"""Over all lanes of a step that computes prompts: its lanes do not share what they read."""
 _SLOTS = PerToken._fields.index("slots")
 _NOTHING = AttentionPlan(*(np.array(values, dtype=np.int32) for values in ([0], [], [0], [])))
 
 
-class DecodeGraphs:
+class StepGraphs:
     """The graphs of one engine. Captures all of them when it is made, which takes some seconds."""
 
     def __init__(
@@ -59,33 +63,32 @@ class DecodeGraphs:
         }
 
     def takes(self, layout: StepLayout) -> bool:
-        """Whether every entry of the step is one token that yields one, and there is a graph of that many lanes."""
-        num_entries = len(layout.attention.context_tokens)
-        return (
-            num_entries == layout.num_tokens == layout.num_draws
-            and num_entries <= self._sizes[-1]
-            and layout.scored is None
-        )
+        """Whether there is a graph of so many lanes, and reading each prompt once for each of its tokens costs next to nothing."""
+        if layout.num_tokens > self._sizes[-1]:
+            return False
+        is_decode = layout.num_tokens == len(layout.attention.context_tokens)
+        return is_decode or int(layout.tokens.positions.sum()) <= _MOST_CONTEXT_TOKENS
 
     def run(self, layout: StepLayout, staging: StepStaging) -> tuple[StepBatch, torch.Tensor]:
-        """Launch a step; returns its tensors and its hidden states `[n, D]`, which the next step's launch overwrites."""
-        size = next(size for size in self._sizes if size >= layout.num_tokens)
-        ints = self._ints[: _NUM_COLUMNS * size + 1]
-        staging.upload_into(self._padded(layout.ints, layout.num_tokens, size), ints)
+        """Launch a step; returns its tensors and its hidden states `[T, D]`, which the next step's launch overwrites."""
+        num_tokens = layout.num_tokens
+        size = next(size for size in self._sizes if size >= num_tokens)
+        token_ints, draw_ints = np.split(layout.ints, [_NUM_COLUMNS * num_tokens])
+        staging.upload_into(self._padded(token_ints, num_tokens, size), self._ints[: _NUM_COLUMNS * size + 1])
         lanes = self._lanes[size]
-        packed = lanes.attention.pack(layout.attention, self._kv_pool.padding_page)
+        plan = layout.attention.per_token(self._kv_pool.layout.page_size)
+        packed = lanes.attention.pack(plan, self._kv_pool.padding_page)
         staging.upload_into(packed, self._attention_ints[: len(packed)])
         lanes.attention.plan(packed)
         hidden_BD = lanes.run()
-        draws = PerDraw(*(column[: layout.num_draws] for column in lanes.draws))
-        sampling = sampling_of(layout, draws, staging.upload(layout.params_3S))
-        return StepBatch(lanes.forward, draws, sampling, None), hidden_BD[: layout.num_tokens]
+        draws = PerDraw(*staging.upload(draw_ints).view(len(PerDraw._fields), layout.num_draws))
+        return complete_batch(lanes.forward, layout, draws, staging), hidden_BD[:num_tokens]
 
-    def _padded(self, ints: Ints, num_tokens: int, size: int) -> Ints:
-        """A step's columns with zeros in the padding lanes, but for their slots, and the number of real lanes behind them."""
+    def _padded(self, token_ints: Ints, num_tokens: int, size: int) -> Ints:
+        """The tokens' columns with zeros in the padding lanes, but for their slots, and the number of real lanes behind them."""
         padded = np.zeros(_NUM_COLUMNS * size + 1, dtype=np.int64)
         columns = padded[:-1].reshape(_NUM_COLUMNS, size)
-        columns[:, :num_tokens] = ints.reshape(_NUM_COLUMNS, num_tokens)
+        columns[:, :num_tokens] = token_ints.reshape(_NUM_COLUMNS, num_tokens)
         columns[_SLOTS, num_tokens:] = self._kv_pool.padding_page * self._kv_pool.layout.page_size
         padded[-1] = num_tokens
         return padded
@@ -98,7 +101,7 @@ class DecodeGraphs:
         packed = attention.pack(_NOTHING, self._kv_pool.padding_page)
         self._attention_ints[: len(packed)].copy_(torch.from_numpy(packed))
         attention.plan(packed)
-        tokens, draws = split_ints(ints[:-1], size, size)
+        tokens = PerToken(*ints[:-1].view(_NUM_COLUMNS, size))
 
         def forward() -> tuple[ForwardBatch, torch.Tensor]:
             batch = ForwardBatch(
@@ -113,7 +116,7 @@ class DecodeGraphs:
 
         batch, hidden_BD = forward()
         if pool is None:
-            return _Lanes(attention, draws, batch, lambda: forward()[1])
+            return _Lanes(attention, batch, lambda: forward()[1])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             batch, hidden_BD = forward()
@@ -122,13 +125,12 @@ class DecodeGraphs:
             graph.replay()
             return hidden_BD
 
-        return _Lanes(attention, draws, batch, replay)
+        return _Lanes(attention, batch, replay)
 
 
 class _Lanes(NamedTuple):
     """What there is of one padded size: views of the buffers, and the forward pass over them."""
 
     attention: FixedDecode
-    draws: PerDraw[torch.Tensor]
     forward: ForwardBatch
     run: Callable[[], torch.Tensor]

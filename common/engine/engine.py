@@ -33,7 +33,7 @@ from common.scheduling.request import Request
 from common.scheduling.step_plan import StepPlan
 
 if TYPE_CHECKING:
-    from common.engine.cuda_graphs import DecodeGraphs
+    from common.engine.cuda_graphs import StepGraphs
 
 _SCORED_SLICE = 512
 
@@ -68,7 +68,7 @@ class Engine:
         self._model = model
         self._device = device
         self._backends = backends
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         self._capturer = capturer
         self._token_counts = TokenCounts(capacity.max_running_requests, config.vocab_size, device)
 
@@ -76,13 +76,13 @@ class Engine:
     def warm_up(self, *, cuda_graphs: bool) -> None:
         """Compile what fused kernels need for steps of every size, so that no request waits for it; else, do nothing.
 
-        From then on decode steps run in padded sizes, as CUDA graphs if asked for. Takes seconds, and minutes on a machine
+        From then on small steps run in padded sizes, as CUDA graphs if asked for. Takes seconds, and minutes on a machine
         where nothing has been compiled before.
         """
         backends, capacity = self._backends, self.capacity
         if backends.flashinfer is None:
             return
-        from common.engine.cuda_graphs import DecodeGraphs
+        from common.engine.cuda_graphs import StepGraphs
 
         sizes = {1 << shift for shift in range(capacity.max_step_tokens.bit_length())} | {capacity.max_step_tokens}
         for num_tokens in sorted(sizes):
@@ -90,7 +90,7 @@ class Engine:
             hidden_1D = self._model(forward, self.kv_pool)[:1]
             first = forward.positions_T[:1]
             backends.kernels.draw(self._model.logits(hidden_1D), first.float(), first, first)
-        self._graphs = DecodeGraphs(
+        self._graphs = StepGraphs(
             self._model,
             self.kv_pool,
             backends.flashinfer,

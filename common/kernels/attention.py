@@ -29,6 +29,22 @@ class AttentionPlan:
     pages: npt.NDArray[np.int32]
     """`[page_starts[-1]]`."""
 
+    def per_token(self, page_size: int) -> "AttentionPlan":
+        """The same step with every token a request of its own, whose context ends with it: T requests of one query each."""
+        num_queries = np.diff(self.query_starts)
+        total = int(self.query_starts[-1])
+        if total == len(num_queries):
+            return self
+        # Counted back from its request's end, token by token.
+        to_end = np.repeat(self.query_starts[1:], num_queries) - np.arange(total)
+        contexts = np.repeat(self.context_tokens, num_queries) - to_end + 1
+        num_pages = -(-contexts // page_size)
+        page_starts = np.concatenate(([0], np.cumsum(num_pages)))
+        first_pages = np.repeat(self.page_starts[:-1], num_queries)
+        index = np.arange(page_starts[-1]) + np.repeat(first_pages - page_starts[:-1], num_pages)
+        starts = np.arange(total + 1, dtype=np.int32)
+        return AttentionPlan(starts, contexts.astype(np.int32), page_starts.astype(np.int32), self.pages[index])
+
 
 class Attention(Protocol):
     """The attention of one planned step, the same in every layer."""

@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeRMSNorm,
@@ -138,3 +140,26 @@ def test_experts_with_one_token_and_with_none_for_most_experts():
     )
     out = kernels.moe_experts(hidden, ids, weights, gate_up, down)
     torch.testing.assert_close(out[0], expected, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    entries=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 20)), min_size=1, max_size=6),
+    page_size=st.sampled_from([1, 3, 4]),
+)
+def test_attention_by_token_is_the_attention(entries: list[tuple[int, int]], page_size: int):
+    """A plan in which every token is a request of its own says the same: contexts, pages, and so the result."""
+    queries, contexts = [q for q, _ in entries], [q + before for q, before in entries]
+    num_pages = [-(-context // page_size) for context in contexts]
+    pool = make_pool(page_size, sum(num_pages))
+    pool.pages.normal_()
+    pages = torch.randperm(sum(num_pages)).numpy()
+    starts = [np.concatenate(([0], np.cumsum(counts))) for counts in (queries, num_pages)]
+    plan = AttentionPlan(*(np.asarray(a, dtype=np.int32) for a in (starts[0], contexts, starts[1], pages)))
+    by_token = plan.per_token(page_size)
+    assert by_token.context_tokens.tolist() == [before + i + 1 for q, before in entries for i in range(q)]
+    assert np.diff(by_token.page_starts).tolist() == [-(-c // page_size) for c in by_token.context_tokens]
+    assert all(array.dtype == np.int32 for array in (by_token.pages, by_token.page_starts, by_token.query_starts))
+    q_THd = torch.randn(sum(queries), 4, 8)
+    ours, theirs = (TorchAttention().plan(p, torch.from_numpy)(q_THd, *pool.layer(1)) for p in (by_token, plan))
+    assert torch.allclose(ours, theirs, atol=1e-5)
