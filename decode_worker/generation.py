@@ -177,5 +177,6 @@ class Generation:
             return
         self._seats.give_back_row(request)
         if self._holder.is_quiet(request):
+            self._collector.forget(request)
             self._seats.give_back_pages(request)
             request.advance(RequestState.ENDED)

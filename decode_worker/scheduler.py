@@ -8,6 +8,7 @@ always one that gets on.
 The n samples of a prompt are admitted together: they share its full pages, and each has a last, partial page of its own.
 """
 
+from bisect import insort
 from collections import deque
 
 from common.engine.seats import Seats
@@ -135,21 +136,36 @@ class DecodeScheduler:
         return StepPlan(tuple(entries)) if entries else None
 
     def _plan_running(self) -> list[StepEntry]:
+        ready = [
+            request
+            for request in self.running
+            if request.planned_tokens < request.max_total_tokens - 1 and request not in self._yielding
+        ]
+        page_size = self._page_size
+        full = [request for request in ready if request.planned_tokens >= len(request.pages) * page_size]
+        if full and not self._grow_each(full):
+            ready = [request for request in ready if self._cover(request)]
         entries: list[StepEntry] = []
-        for request in list(self.running):
+        for request in ready:
             start = request.planned_tokens
-            if request in self._yielding or start >= request.max_total_tokens - 1:
-                continue
-            # Covering an elder one may just have swapped this one out.
-            if request.state is RequestState.RUNNING and self._cover(request, start + 1):
-                entries.append(StepEntry(request, start, start + 1, samples=1))
-                request.planned_tokens = start + 1
-                request.steps_in_flight += 1
+            request.planned_tokens = start + 1
+            request.steps_in_flight += 1
+            entries.append(StepEntry(request, start, start + 1, samples=1))
         return entries
 
-    def _cover(self, request: Request, num_tokens: int) -> bool:
-        """Make sure that the request has pages for `num_tokens` tokens; False if it has to sit this step out."""
-        while len(request.pages) < self._pages_for(num_tokens):
+    def _grow_each(self, requests: list[Request]) -> bool:
+        """Give each of these one more page, if there are pages for all of them."""
+        pages = self._pages.take(len(requests))
+        if pages is not None:
+            self._seats.grow_each(requests, pages)
+        return pages is not None
+
+    def _cover(self, request: Request) -> bool:
+        """Make sure that the request has a page for its next token; False if it has to sit this step out."""
+        # Covering an elder one may just have told this one to give way.
+        if request in self._yielding or request.state is not RequestState.RUNNING:
+            return False
+        while request.planned_tokens >= len(request.pages) * self._page_size:
             pages = self._pages.take(1)
             if pages is not None:
                 self._seats.grow(request, pages)
@@ -195,8 +211,7 @@ class DecodeScheduler:
         self._insert(self.running, request)
 
     def _insert(self, ordered: "list[Request] | deque[Request]", request: Request) -> None:
-        place = sum(self._order[other] < self._order[request] for other in ordered)
-        ordered.insert(place, request)
+        insort(ordered, request, key=self._order.__getitem__)
 
     def _num_shared(self, siblings: Siblings) -> int:
         return siblings[0].num_prompt_tokens // self._page_size if len(siblings) > 1 else 0

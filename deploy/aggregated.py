@@ -202,6 +202,7 @@ class AggregatedWorker:
             return
         for request in siblings:
             self._decode.start(request, computed_tokens=request.num_prompt_tokens)
+            self._collector.begin(request, request.message.options.routed_experts_start_len, request.num_prompt_tokens)
         for request, first in zip(siblings, sampled, strict=True):
             if request.state is RequestState.RUNNING:  # else an earlier one's failure has ended it
                 self._generation.take_token(request, first)

@@ -2,10 +2,11 @@
 
 The prefill leg knows the prompt (tokens, cached tokens, logprobs) and the first token of every sample, a sample's decode
 reply the output; rows come from both and are merged, for each sample of a prompt with the same prefill leg. It knows no
-HTTP. Neighbours: `pair` (runs the legs), `merge`, `common.routed_experts.verify`.
+HTTP. Neighbours: `pair` (runs the legs), `ahead` (checks their rows), `merge`.
 """
 
 import asyncio
+from collections.abc import Sequence
 
 from msgspec import Struct
 
@@ -14,10 +15,10 @@ from common.messages import FinishReason, Leg, RowBlock
 from common.protocol.generate import Sample
 from common.protocol.legs import LegReply, TopLogprobItems
 from common.protocol.logprobs import LogprobItem
-from common.routed_experts.verify import verify
+from router.ahead import Arrived
 from router.merge import merge
 
-# Merging and verifying more than this would keep the event loop from its other requests for too long (R16).
+# Merging more than this would keep the event loop from its other requests for too long (R16).
 _LARGE_ROWS_BYTES = 2**20
 
 
@@ -42,15 +43,20 @@ class Answer(Struct, frozen=True, kw_only=True):
     weight_version: str
     logprobs: Logprobs
     rows: RowBlock | None
+    lead: Sequence[bytes] = ()
+    """The first slices of the rows' base64, in the form that the sample asks for, as far as they were made ahead."""
     timings: dict[str, float]
 
 
-async def combine_pair(sample: Sample, index: int, prefill: LegReply, decode: LegReply, *, verify_rows: bool) -> Answer:
+async def combine_pair(
+    sample: Sample, index: int, prefill_leg: Arrived, decode_leg: Arrived, lead: Sequence[bytes] = ()
+) -> Answer:
     """Join the prefill leg's reply and the decode leg's one for sample `index` of the prompt.
 
-    Raises LegFailed if the legs answer different prompts or their logprobs are not whole, RowsError if rows are missing, bad
-    or do not fit together.
+    `lead` is base64 of the prefill leg's rows. Raises LegFailed if the legs answer different prompts or their logprobs are
+    not whole, RowsError if rows are missing or do not fit together.
     """
+    prefill, decode = prefill_leg.reply, decode_leg.reply
     if is_unfinished(decode):
         return combine_unfinished(sample, decode)
     _check_agreement(sample, index, prefill, decode)
@@ -61,16 +67,17 @@ async def combine_pair(sample: Sample, index: int, prefill: LegReply, decode: Le
     if sample.options.return_routed_experts:
         start = sample.options.routed_experts_start_len
         stop = max(start, prompt_tokens + len(output_ids) - 1)
-        blocks = [_rows_of("prefill", prefill), _rows_of("decode", decode)]
-        rows = await _merged(blocks, start=start, stop=stop, verify_rows=verify_rows)
-    return _answer(sample, prefill, decode, rows)
+        blocks = [_rows_of("prefill", prefill_leg), _rows_of("decode", decode_leg)]
+        rows = await _merged(blocks, start=start, stop=stop)
+    return _answer(sample, prefill, decode, rows, lead)
 
 
-async def combine_whole(sample: Sample, leg: Leg | None, reply: LegReply, *, verify_rows: bool) -> Answer:
+async def combine_whole(sample: Sample, leg: Leg | None, arrived: Arrived) -> Answer:
     """Make the answer of a sample that one worker has run alone: of an aggregated one, or a prompt that was only scored.
 
-    Raises LegFailed if its logprobs are not whole, RowsError if rows are missing or bad.
+    Raises LegFailed if its logprobs are not whole, RowsError if rows are missing.
     """
+    reply = arrived.reply
     if is_unfinished(reply):
         return combine_unfinished(sample, reply)
     _check_logprobs(sample, leg, reply)
@@ -79,7 +86,7 @@ async def combine_whole(sample: Sample, leg: Leg | None, reply: LegReply, *, ver
     if sample.options.return_routed_experts:
         start = sample.options.routed_experts_start_len
         stop = max(start, reply.meta_info.prompt_tokens + len(reply.output_ids) - 1)
-        rows = await _merged([_rows_of(leg, reply)], start=start, stop=stop, verify_rows=verify_rows)
+        rows = await _merged([_rows_of(leg, arrived)], start=start, stop=stop)
     return _answer(sample, reply, reply, rows)
 
 
@@ -154,25 +161,21 @@ def _name_of(leg: Leg | None) -> str:
     return "aggregated worker" if leg is None else f"{leg} leg"
 
 
-def _rows_of(leg: Leg | None, reply: LegReply) -> RowBlock:
-    if reply.rows is None:
+def _rows_of(leg: Leg | None, arrived: Arrived) -> RowBlock:
+    if arrived.rows is None:
         raise MissingRows(f"the {_name_of(leg)} sent no routed-expert rows", leg=leg, stage="merge")
-    return reply.rows
+    return arrived.rows
 
 
-async def _merged(blocks: list[RowBlock], *, start: int, stop: int, verify_rows: bool) -> RowBlock:
-    def run() -> RowBlock:
-        block = merge(blocks, start=start, stop=stop)
-        if verify_rows:
-            verify(block)
-        return block
-
+async def _merged(blocks: list[RowBlock], *, start: int, stop: int) -> RowBlock:
     if sum(len(block.data) for block in blocks) > _LARGE_ROWS_BYTES:
-        return await asyncio.to_thread(run)
-    return run()
+        return await asyncio.to_thread(merge, blocks, start=start, stop=stop)
+    return merge(blocks, start=start, stop=stop)
 
 
-def _answer(sample: Sample, prefill: LegReply, decode: LegReply, rows: RowBlock | None) -> Answer:
+def _answer(
+    sample: Sample, prefill: LegReply, decode: LegReply, rows: RowBlock | None, lead: Sequence[bytes] = ()
+) -> Answer:
     prompt, output = prefill.meta_info, decode.meta_info
     return Answer(
         rid=sample.rid,
@@ -189,5 +192,6 @@ def _answer(sample: Sample, prefill: LegReply, decode: LegReply, rows: RowBlock 
             output_top_logprobs=output.output_top_logprobs,
         ),
         rows=rows,
+        lead=lead,
         timings={**prefill.leg.timings, **decode.leg.timings},
     )

@@ -33,7 +33,10 @@ class GenerateApi:
             if call.stream:
                 writer = GenerateEvents(is_list=call.is_list)
                 return await send_stream(request, call.samples, self._pairs, writer, times)
-            answers = await together([self._pairs.answer(sample, deadline=times.deadline) for sample in call.samples])
+            running = [
+                self._pairs.answer(sample, deadline=times.deadline, as_base64=not as_msgpack) for sample in call.samples
+            ]
+            answers = await together(running)
             body = generate_body(
                 [(sample, answer) for sample, mine in zip(call.samples, answers, strict=True) for answer in mine],
                 is_list=call.is_list,

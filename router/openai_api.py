@@ -77,7 +77,13 @@ class OpenAIApi:
         self, request: web.Request, call: OpenAICall, times: Times, *, as_msgpack: bool
     ) -> web.StreamResponse:
         samples = call.generate.samples
-        answers = await together([self._pairs.answer(sample, deadline=times.deadline) for sample in samples])
+        # Of several prompts' rows only the first one's leave, unless every choice has its own.
+        num_with_rows = len(samples) if call.return_meta_info else 1
+        running = [
+            self._pairs.answer(sample, deadline=times.deadline, as_base64=not as_msgpack and index < num_with_rows)
+            for index, sample in enumerate(samples)
+        ]
+        answers = await together(running)
         latency_s = asyncio.get_running_loop().time() - times.started
         writer = BodyWriter(binary=as_msgpack)
         flat = [(sample, answer) for sample, mine in zip(samples, answers, strict=True) for answer in mine]
@@ -107,7 +113,7 @@ class _Chunks:
         self._progress = [Progress() for _ in range(call.generate.num_answers)]
         self._num_running = call.generate.num_answers
         self._first: tuple[Sample, Answer] | None = None
-        self._prompts: dict[str, Answer] = {}
+        self._prompt_tokens: dict[str, tuple[int, int]] = {}
         self._completion_tokens = 0
 
     def progress(self, index: int, event: Reply) -> bytes:
@@ -144,7 +150,7 @@ class _Chunks:
             end["meta_info"] = sample_meta(sample, answer, e2e_latency_s, writer)
         is_over = self._num_running == 0
         extension: Reply = {}
-        if is_over and not call.return_meta_info and self._first is not None:
+        if is_over and self._first is not None:
             extension = _extension(*self._first, writer)
         if is_over and call.include_usage:
             chunks += [self._chunk([end]), self._chunk([], {"usage": self._usage(), **extension})]
@@ -158,16 +164,17 @@ class _Chunks:
 
     def _count(self, index: int, sample: Sample, answer: Answer) -> None:
         self._num_running -= 1
-        self._prompts[sample.rid] = answer
+        self._prompt_tokens[sample.rid] = (answer.prompt_tokens, answer.cached_tokens)
         self._completion_tokens += len(answer.output_ids)
-        if index == 0:
+        # Kept for its rows, which may be many.
+        if index == 0 and not self._call.return_meta_info:
             self._first = (sample, answer)
 
     def _usage(self) -> Reply:
         return usage(
-            prompt_tokens=sum(answer.prompt_tokens for answer in self._prompts.values()),
+            prompt_tokens=sum(prompt_tokens for prompt_tokens, _ in self._prompt_tokens.values()),
             completion_tokens=self._completion_tokens,
-            cached_tokens=sum(answer.cached_tokens for answer in self._prompts.values()),
+            cached_tokens=sum(cached_tokens for _, cached_tokens in self._prompt_tokens.values()),
         )
 
     def _chunk(self, choices: list[Reply], more: Reply | None = None) -> bytes:
@@ -205,4 +212,4 @@ def _extension(sample: Sample, answer: Answer, writer: BodyWriter) -> Reply:
     """Make `sglext`, if there are rows."""
     if answer.rows is None:
         return {}
-    return {"sglext": writer.rows(answer.rows, sample.options.routed_experts_dtype)}
+    return {"sglext": writer.rows(answer.rows, sample.options.routed_experts_dtype, answer.lead)}

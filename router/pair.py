@@ -2,18 +2,19 @@
 
 Where the workers are aggregated there is only one of them, and it is asked as the decode leg is.
 
-    answer   prefill ----------> reply \\
-             decode  ----------------------> reply -> combine -> Answer
-    stream   prefill ----------> reply ............\\
+    answer   prefill ----------> reply, encode ahead \\
+             decode  ------------------------> reply -> combine -> Answer
+    stream   prefill ----------> reply, encode ahead .\\
              decode  --> event --> event --> last -> combine -> Answer
 
 The prefill leg runs once for all n samples of the prompt, and the decode leg runs all of them. A prompt that somebody
-aborts (`control`) ends with what its legs have. This knows no client and no reply format. Neighbours: `legs` (one leg),
-`combine` (joins the replies), `membership` (the workers), `generate_api` and `openai_api` (ask).
+aborts (`control`) ends with what its legs have. This knows no client, and of the reply's format only whether its rows are
+base64. Neighbours: `legs` (one leg), `ahead` (rows as they arrive), `combine` (joins the replies), `membership` (the
+workers), `generate_api` and `openai_api` (ask).
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +27,7 @@ from common.messages import Bootstrap, ErrorReport, ReportedError
 from common.protocol.generate import Sample
 from common.protocol.legs import LegReply, encode_leg
 from common.protocol.replies import Reply
+from router.ahead import Arrived, Lead, LeadEncoder, arrive
 from router.combine import Answer, combine_pair, combine_unfinished, combine_whole, is_unfinished
 from router.legs import fetch, stream
 from router.membership import Membership, Worker
@@ -59,9 +61,10 @@ class Pairs:
         self._registry = registry
         self._metrics = metrics
         self._verify_rows = verify_rows
+        self._lead_encoder = LeadEncoder()
 
-    async def answer(self, sample: Sample, *, deadline: float) -> list[Answer]:
-        """Run a prompt to the end of all its n samples. `deadline` is in the event loop's time."""
+    async def answer(self, sample: Sample, *, deadline: float, as_base64: bool = False) -> list[Answer]:
+        """Run a prompt to the end of all its n samples. `deadline` is in the event loop's time; `as_base64` is how rows leave."""
         with self._reported(sample):
             n = sample.options.sampling.n
             if sample.options.sampling.max_new_tokens == 0:
@@ -71,16 +74,18 @@ class Pairs:
             async with self._legs(sample) as (pair, bootstrap):
                 body = encode_leg(sample, rid=pair.open.leg_rid, bootstrap=bootstrap, stream=False)
                 async with (
-                    _running(_finished(fetch(self._session, pair.prefill, body))) as prefill_leg,
-                    _running(_finished(fetch(self._session, pair.decode, body, n=n))) as decode_leg,
+                    _running(self._leg(sample, pair.prefill, body)) as prefill_leg,
+                    _running(self._leg(sample, pair.decode, body, n=n)) as decode_leg,
+                    self._encoding_ahead(sample, prefill_leg, as_base64=as_base64) as lead_so_far,
                 ):
                     legs = [(pair.prefill, prefill_leg), (pair.decode, decode_leg)]
                     try:
                         await _until_ended([prefill_leg, decode_leg], legs, deadline, pair.open)
                     except _Unfinished as end:
                         return [combine_unfinished(sample, end.reply)] * n
-                    (prefill,), replies = prefill_leg.result(), decode_leg.result()
-            return [await self._combined(sample, index, prefill, reply) for index, reply in enumerate(replies)]
+                    (prefill,), decodes = prefill_leg.result(), decode_leg.result()
+                    lead = await lead_so_far()
+            return [await self._combined(sample, index, prefill, each, lead) for index, each in enumerate(decodes)]
 
     async def stream(self, sample: Sample, *, deadline: float) -> AsyncGenerator[SampleEvent, None]:
         """Run a prompt: the events of its tokens as they come, with the client's rid, and an Answer as each sample's last one.
@@ -102,7 +107,8 @@ class Pairs:
                 prefill_body = encode_leg(sample, rid=rid, bootstrap=bootstrap, stream=False)
                 decode_body = encode_leg(sample, rid=rid, bootstrap=bootstrap, stream=True)
                 async with (
-                    _running(_finished(fetch(self._session, pair.prefill, prefill_body))) as prefill_leg,
+                    _running(self._leg(sample, pair.prefill, prefill_body)) as prefill_leg,
+                    self._encoding_ahead(sample, prefill_leg, as_base64=True) as lead_so_far,
                     aclosing(stream(self._session, pair.decode, decode_body, n=n)) as events,
                 ):
                     running = set(range(n))
@@ -114,9 +120,11 @@ class Pairs:
                                 continue
                             if is_unfinished(event):
                                 raise _Unfinished(event)
+                            decode = await self._arrived(sample, pair.decode, event)
                             await _until([prefill_leg], [(pair.prefill, prefill_leg)], deadline)
-                            (prefill,) = prefill_leg.result()
-                            yield SampleEvent(event.index, await self._combined(sample, event.index, prefill, event))
+                            (prefill,), lead = prefill_leg.result(), await lead_so_far()
+                            answer = await self._combined(sample, event.index, prefill, decode, lead)
+                            yield SampleEvent(event.index, answer)
                             running.remove(event.index)
                     except _Unfinished as end:
                         for index in sorted(running):
@@ -153,7 +161,7 @@ class Pairs:
                         yield SampleEvent(_index_of(event), _renamed(event, sample.rid))
 
     async def _whole(self, sample: Sample, worker: Worker, reply: LegReply) -> Answer:
-        return self._counted(await combine_whole(sample, worker.leg, reply, verify_rows=self._verify_rows))
+        return self._counted(await combine_whole(sample, worker.leg, await self._arrived(sample, worker, reply)))
 
     @contextmanager
     def _alone(self, sample: Sample, worker: Worker) -> Iterator[str]:
@@ -170,8 +178,36 @@ class Pairs:
         with prefill.busy(), decode.busy(), self._registry.entered(pair.open):
             yield pair, _bootstrap(prefill, sample.options.sampling.n)
 
-    async def _combined(self, sample: Sample, index: int, prefill: LegReply, decode: LegReply) -> Answer:
-        return self._counted(await combine_pair(sample, index, prefill, decode, verify_rows=self._verify_rows))
+    async def _leg(self, sample: Sample, worker: Worker, body: bytes, *, n: int = 1) -> list[Arrived]:
+        """Run a leg of a pair to its end. Raises _Unfinished if it was aborted before it had a token."""
+        replies = await fetch(self._session, worker, body, n=n)
+        if is_unfinished(replies[0]):
+            raise _Unfinished(replies[0])
+        return [await self._arrived(sample, worker, reply) for reply in replies]
+
+    async def _arrived(self, sample: Sample, worker: Worker, reply: LegReply) -> Arrived:
+        wants_rows = sample.options.return_routed_experts
+        return await arrive(worker.leg, reply, wants_rows=wants_rows, verify_rows=self._verify_rows)
+
+    @asynccontextmanager
+    async def _encoding_ahead(
+        self, sample: Sample, prefill_leg: asyncio.Task[list[Arrived]], *, as_base64: bool
+    ) -> AsyncIterator[Callable[[], Awaitable[Lead]]]:
+        """Encode the prefill leg's rows once it has ended; gives a function that stops this, and returns what there is."""
+        if not (as_base64 and sample.options.return_routed_experts):
+            yield _no_lead
+            return
+        form, is_over = sample.options.routed_experts_dtype, asyncio.Event()
+        async with _running(self._lead_encoder.encode(prefill_leg, form, is_over)) as encoding:
+
+            async def lead_so_far() -> Lead:
+                is_over.set()
+                return await encoding
+
+            yield lead_so_far
+
+    async def _combined(self, sample: Sample, index: int, prefill: Arrived, decode: Arrived, lead: Lead) -> Answer:
+        return self._counted(await combine_pair(sample, index, prefill, decode, lead))
 
     def _counted(self, answer: Answer) -> Answer:
         if answer.rows is not None:
@@ -202,6 +238,10 @@ class _Pair(NamedTuple):
     open: OpenSample
 
 
+async def _no_lead() -> Lead:
+    return Lead()
+
+
 def _bootstrap(prefill: Worker, n: int) -> Bootstrap:
     assert prefill.bootstrap_port is not None, f"{prefill.url} is no prefill worker"
     return Bootstrap(prefill.host, prefill.bootstrap_port, tuple(new_room() for _ in range(n)))
@@ -228,8 +268,8 @@ async def _running(awaitable: Awaitable[Result]) -> AsyncIterator[asyncio.Task[R
     try:
         yield task
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        if task.cancel():
+            await asyncio.wait([task])
         if not task.cancelled():
             task.exception()  # a failure that comes second goes unreported: the first one was not
 
@@ -247,14 +287,6 @@ async def _until(
         for _, task in legs:
             if task.done():
                 task.result()
-
-
-async def _finished(replies: Awaitable[list[LegReply]]) -> list[LegReply]:
-    """Wait for a leg's replies. Raises _Unfinished if it was aborted before it had a token."""
-    ended = await replies
-    if is_unfinished(ended[0]):
-        raise _Unfinished(ended[0])
-    return ended
 
 
 async def _until_ended(
@@ -284,7 +316,7 @@ async def _until_ended(
 async def _next(
     events: AsyncGenerator[Reply | LegReply, None],
     pair: _Pair,
-    prefill_leg: asyncio.Task[list[LegReply]],
+    prefill_leg: asyncio.Task[list[Arrived]],
     deadline: float,
 ) -> Reply | LegReply:
     """Wait for the decode leg's next event, or for the prefill leg's failure."""

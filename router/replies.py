@@ -28,7 +28,7 @@ def sample_meta(sample: Sample, answer: Answer, e2e_latency_s: float, writer: Bo
         **answer.timings,
     }
     if answer.rows is not None:
-        meta |= writer.rows(answer.rows, sample.options.routed_experts_dtype)
+        meta |= writer.rows(answer.rows, sample.options.routed_experts_dtype, answer.lead)
     return meta
 
 

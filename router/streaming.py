@@ -51,22 +51,16 @@ async def send_stream(
     """
     loop = asyncio.get_running_loop()
     client = EventStream(request)
-    # A large event is written in several parts, which belong together.
+    # What an event says depends on those before it, so they are sent in the order in which they were written.
     turn = asyncio.Lock()
-    is_cut = False
 
     async def relay(sample: Sample, first_index: int) -> None:
-        nonlocal is_cut
         async with aclosing(pairs.stream(sample, deadline=times.deadline)) as events:
             async for number, content in events:
                 index = first_index + number
                 async with turn:
                     if isinstance(content, Answer):
-                        body = writer.last(index, sample, content, loop.time() - times.started)
-                        is_cut = True
-                        async for part in body.written():
-                            await client.send(part)
-                        is_cut = False
+                        await client.send_body(writer.last(index, sample, content, loop.time() - times.started))
                     elif event := writer.progress(index, content):
                         await client.send(event)
 
@@ -76,8 +70,7 @@ async def send_stream(
         if not client.response.prepared:
             raise
         _log.warning("stream %s failed with %d: %s", error.report.rid, error.report.status, error)
-        # Another sample's failure may have come in the middle of an event.
-        await client.end((b"\n\n" if is_cut else b"") + writer.error(error.report))
+        await client.end(writer.error(error.report))
         return client.response, error.report.status
     await client.end(SSE_DONE)
     return client.response, 200

@@ -4,6 +4,8 @@ A row goes back when no step with the request is in flight; the pages when, besi
 this request: no transfer, no peer (R11). Who knows when that is, is the role's worker.
 """
 
+from collections.abc import Sequence
+
 from common.memory.page_allocator import PageAllocator
 from common.memory.request_table import RequestTable
 from common.scheduling.request import Request
@@ -35,6 +37,13 @@ class Seats:
         """Give a seated request more pages, which the caller has allocated for it."""
         self._table.pages[request.row, len(request.pages) : len(request.pages) + len(pages)] = pages
         request.pages += pages
+
+    def grow_each(self, requests: Sequence[Request], pages: list[int]) -> None:
+        """Do as `grow` does with many requests at once: each gets one page, in their order."""
+        places = [(request.row, len(request.pages)) for request in requests]
+        self._table.pages[tuple(zip(*places, strict=True))] = pages
+        for request, page in zip(requests, pages, strict=True):
+            request.pages.append(page)
 
     def give_back_row(self, request: Request) -> None:
         """Free the row, if the request has one; no step with it may be in flight."""

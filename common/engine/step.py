@@ -6,8 +6,10 @@ refuses a `Launched` in its place.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, starmap
 from typing import Any, NamedTuple, TypeVar
+
+from msgspec import Struct
 
 from common.engine.device import Array, HostCopies
 from common.messages import TopLogprobs
@@ -32,11 +34,13 @@ class Scored(NamedTuple):
     top_logprobs: list[TopLogprobs]
 
 
-class Outcome(NamedTuple):
+# `gc=False` as for `StepEntry`, of which each answers one.
+class Outcome(Struct, frozen=True, gc=False):
     """What one entry of a plan came to: its drawn tokens, one a sample, and the prompt tokens that it scored."""
 
     sampled: tuple[Sampled, ...]
-    scored: Scored
+    scored: Scored = Scored([], [])
+    """To be read alone: all that scored nothing have the same one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +83,22 @@ class Launched:
             self._likeliest(landed, "top_logprobs", "top_ids", num_samples),
             strict=True,
         )
-        sampled = _deal(tuple(map(Sampled._make, drawn)), num_samples)
+        sampled = _deal(tuple(starmap(Sampled, drawn)), num_samples)
+        if num_scores == 0:  # in decode, always
+            return StepResult(self._plan, tuple(map(Outcome, sampled)))
         scored = zip(
             _deal(_values(landed, "prompt_logprobs", num_scores), self._num_scored),
             _deal(self._likeliest(landed, "prompt_top_logprobs", "prompt_top_ids", self._num_scored), self._num_scored),
             strict=True,
         )
-        outcomes = zip(sampled, map(Scored._make, scored), strict=True)
-        return StepResult(self._plan, tuple(map(Outcome._make, outcomes)))
+        return StepResult(self._plan, tuple(starmap(Outcome, zip(sampled, starmap(Scored, scored), strict=True))))
 
     def _likeliest(
         self, landed: dict[str, Array], logprobs: str, ids: str, num_positions: Sequence[int]
     ) -> list[TopLogprobs]:
         """The likeliest tokens of each position, as many as its entry asks for; `num_positions` is how many each entry has."""
         if ids not in landed:
-            return [[] for _ in range(sum(num_positions))]
+            return [[]] * sum(num_positions)  # the same one, which nobody writes into
         top_counts = [
             entry.request.message.options.top_logprobs_num
             for entry, num in zip(self._plan.entries, num_positions, strict=True)

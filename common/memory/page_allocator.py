@@ -7,6 +7,7 @@ itself is `common.memory.kv_pool`.
 
 from collections import Counter
 from collections.abc import Iterable
+from heapq import heappop, heappush
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +21,8 @@ class PageAllocator:
         self.generations: npt.NDArray[np.int64] = np.zeros(num_pages, dtype=np.int64)
         """`[num_pages]`: how many owners each page has had; 0 means none yet. Read by the host cache."""
         self._references: npt.NDArray[np.int32] = np.zeros(num_pages, dtype=np.int32)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages))
+        """A heap."""
 
     @property
     def num_free(self) -> int:
@@ -28,11 +30,13 @@ class PageAllocator:
         return len(self._free)
 
     def allocate(self, num_pages: int) -> list[int] | None:
-        """Hand out `num_pages` pages with one reference each, or None (and nothing changes) if there are not enough."""
+        """Hand out `num_pages` pages with one reference each, or None (and nothing changes) if there are not enough.
+
+        The lowest free ones, rising: so most of a prompt's pages are neighbours, and travel as one block.
+        """
         if num_pages > len(self._free):
             return None
-        pages = self._free[len(self._free) - num_pages :][::-1]
-        del self._free[len(self._free) - num_pages :]
+        pages = [heappop(self._free) for _ in range(num_pages)]
         self._references[pages] = 1
         self.generations[pages] += 1
         return pages
@@ -44,9 +48,12 @@ class PageAllocator:
 
     def release(self, pages: list[int]) -> None:
         """Give one reference to each page back; a page without references is free at once."""
-        assert (self._references[pages] > 0).all(), "a page was freed twice"
-        self._references[pages] -= 1
-        self._free += [page for page in pages if self._references[page] == 0]
+        references = self._references[pages] - 1
+        assert (references >= 0).all(), "a page was freed twice"
+        self._references[pages] = references
+        for page, left in zip(pages, references.tolist(), strict=True):
+            if left == 0:
+                heappush(self._free, page)
 
     def num_references(self, page: int) -> int:
         """How many owners hold the page now."""

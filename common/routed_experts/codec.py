@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from common.errors import RowsMismatch
 from common.messages import RowBlock, RowHeader
-from common.routed_experts.spec import rows_of
+from common.routed_experts.spec import NUMPY_DTYPES, rows_of
 
 Rows = npt.NDArray[np.unsignedinteger]
 RowForm = Literal["int32", "auto"]
@@ -80,27 +80,28 @@ def rows_from_reply(meta_info: Mapping[str, object]) -> npt.NDArray[np.integer]:
     return np.frombuffer(raw, dtype=np.dtype(str(meta_info["routed_experts_dtype"])).newbyteorder("<")).reshape(shape)
 
 
-def base64_slices(block: RowBlock, form: RowForm) -> Iterator[bytes]:
-    """Encode a block as padded base64 without newlines, in slices to be written one after the other.
+def base64_slices(block: RowBlock, form: RowForm, *, first: int = 0) -> Iterator[bytes]:
+    """Encode a block as padded base64 without newlines, in slices to be written one after the other, from the `first` on.
 
-    Each slice costs well under a millisecond, so a thread that walks through them leaves the interpreter to others.
+    Each slice costs well under a millisecond, so a thread that walks through them leaves the interpreter to others. All
+    but the last are of equally many rows, and so the same in every longer block that begins with these rows.
     """
     rows = view(block)
     header = block.header
-    layers = header.num_hidden_layers if form == "int32" else len(header.layer_ids)
-    row_bytes = layers * header.top_k * (4 if form == "int32" else rows.itemsize)
-    # A multiple of three rows is a multiple of three bytes, so that only the last slice is padded.
-    slice_rows = max(1, _SLICE_BYTES // max(1, 3 * row_bytes)) * 3
-    for lo in range(0, len(rows), slice_rows):
+    slice_rows = _slice_rows(header, form)
+    for lo in range(first * slice_rows, len(rows), slice_rows):
         part = rows[lo : lo + slice_rows]
         yield base64.b64encode((_spread(part, header) if form == "int32" else part).data)
 
 
+def num_full_slices(header: RowHeader, form: RowForm) -> int:
+    """Count the slices of `base64_slices` that further rows would not change."""
+    return header.shape[0] // _slice_rows(header, form)
+
+
 def base64_length(header: RowHeader, form: RowForm) -> int:
     """Count the characters that `base64_slices` will give in all."""
-    rows, _, top_k = header.shape
-    num_bytes = rows * header.num_hidden_layers * top_k * 4 if form == "int32" else header.num_bytes
-    return (num_bytes + 2) // 3 * 4
+    return (header.shape[0] * _row_bytes(header, form) + 2) // 3 * 4
 
 
 def encode_base64(block: RowBlock, form: RowForm) -> str:
@@ -108,8 +109,22 @@ def encode_base64(block: RowBlock, form: RowForm) -> str:
     return b"".join(base64_slices(block, form)).decode("ascii")
 
 
+def _slice_rows(header: RowHeader, form: RowForm) -> int:
+    # A multiple of three rows is a multiple of three bytes, so that only the last slice is padded.
+    return max(1, _SLICE_BYTES // max(1, 3 * _row_bytes(header, form))) * 3
+
+
+def _row_bytes(header: RowHeader, form: RowForm) -> int:
+    if form == "int32":
+        return header.num_hidden_layers * header.top_k * 4
+    return len(header.layer_ids) * header.top_k * NUMPY_DTYPES[header.dtype].itemsize
+
+
 def _spread(rows: Rows, header: RowHeader) -> npt.NDArray[np.int32]:
     """Place `[n, L, K]` rows at their global layer numbers: `[n, hidden layers, K]`, dense layers zero."""
+    layer_ids = header.layer_ids
     spread = np.zeros((len(rows), header.num_hidden_layers, header.top_k), dtype="<i4")
-    spread[:, list(header.layer_ids)] = rows
+    # Layers without a gap between them, nearly always, take a fifth of the time in one slice.
+    has_gaps = len(layer_ids) == 0 or layer_ids != tuple(range(layer_ids[0], layer_ids[-1] + 1))
+    spread[:, list(layer_ids) if has_gaps else slice(layer_ids[0], layer_ids[-1] + 1)] = rows
     return spread

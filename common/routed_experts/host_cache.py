@@ -22,7 +22,7 @@ Rows = npt.NDArray[np.unsignedinteger]
 
 @dataclass(frozen=True, slots=True)
 class WriteTicket:
-    """The right to write the rows of one launched step: its slots `[T]`, and the generation of each slot's page."""
+    """Whose slots these are: `[T]`, and the generation of each one's page. The right to write the rows of one launched step."""
 
     slots: Slots
     generations: npt.NDArray[np.int64]
@@ -37,6 +37,9 @@ class HostCache:
         self._rows: Rows = np.zeros((num_slots, spec.num_layers, spec.top_k), dtype=spec.numpy_dtype)
         # The generation that each slot's row was written under; pages start at generation 1, so 0 is "never".
         self._written = np.zeros(num_slots, dtype=np.int64)
+        # Touched now, or the first steps would wait for the system to find the memory: 5 ms at a time.
+        self._rows.fill(0)
+        self._written.fill(0)
         self._page_generations = page_generations
         self._page_size = page_size
         self.rows_committed = 0
@@ -54,6 +57,10 @@ class HostCache:
         self._written[slots] = ticket.generations[current]
         self.rows_committed += len(slots)
         self.rows_dropped += len(ticket.slots) - len(slots)
+
+    def is_current(self, ticket: WriteTicket) -> bool:
+        """Whether none of a ticket's slots has changed hands; a copy made before this was asked is then the owner's own."""
+        return bool((ticket.generations == self._page_generations[ticket.slots // self._page_size]).all())
 
     def read(self, slots: Slots) -> tuple[Rows, npt.NDArray[np.bool_]]:
         """Copy the rows of `slots`, `[n, L, K]`, and say for each whether its present owner has written it, `[n]`."""

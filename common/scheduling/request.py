@@ -103,6 +103,15 @@ class Request:
     """Logprobs of the prompt's own tokens, from position max(1, logprob_start_len) on, as far as they have settled."""
     prompt_tops: list[TopLogprobs] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
+    num_prompt_tokens: int = field(init=False)
+    """P."""
+    max_total_tokens: int = field(init=False)
+    """P plus the largest G."""
+
+    def __post_init__(self) -> None:
+        # Every step asks for these of every request, so they are no properties.
+        self.num_prompt_tokens = len(self.prompt)
+        self.max_total_tokens = self.num_prompt_tokens + self.message.options.sampling.max_new_tokens
 
     @classmethod
     def of(cls, message: Generate, index: int = 0) -> "Request":
@@ -125,19 +134,9 @@ class Request:
         return (self.message.options.sampling.seed + self.index) % 2**63
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """P."""
-        return len(self.prompt)
-
-    @property
     def num_known_tokens(self) -> int:
         """Tokens that the host knows: the prompt and the settled output."""
-        return len(self.prompt) + len(self.output_ids)
-
-    @property
-    def max_total_tokens(self) -> int:
-        """P plus the largest G."""
-        return len(self.prompt) + self.message.options.sampling.max_new_tokens
+        return self.num_prompt_tokens + len(self.output_ids)
 
     def begin(self, *, num_cached_tokens: int) -> None:
         """The prompt has been seated, and its first tokens have come from the cache: it is computed from there on."""

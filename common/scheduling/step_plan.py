@@ -6,11 +6,13 @@ with one outcome an entry, in the same order.
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from common.scheduling.request import Request
 
 
-@dataclass(frozen=True, slots=True)
-class StepEntry:
+# `gc=False`: one is made for every request and step, and can be in no cycle, since nothing in it leads back to it.
+class StepEntry(Struct, frozen=True, gc=False):
     """One request's part of a step: its positions `[start, stop)`.
 
     The logits of position `stop - 1` yield `samples` tokens for position `stop`, sample i with the request's seed + i.

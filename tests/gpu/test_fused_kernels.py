@@ -72,9 +72,10 @@ def test_norm_rotate_store(fused, tokens: int, heads: int, kv_heads: int, dim: i
     positions = torch.randint(500, (tokens,), device="cuda")
     slots = torch.randperm(300, device="cuda")[:tokens]
     our_q = fused.norm_rotate_store(qkv, q_norm, k_norm, 1e-6, *tables, positions, *ours.layer(1), slots)
-    wide = [each.float() for each in (qkv, q_norm, k_norm)]
-    wide_tables = [table.float() for table in tables]
-    their_q = TWIN.norm_rotate_store(*wide, 1e-6, *wide_tables, positions, *theirs.layer(1), slots)
+    cos, sin = (table.float() for table in tables)
+    their_q = TWIN.norm_rotate_store(
+        qkv.float(), q_norm.float(), k_norm.float(), 1e-6, cos, sin, positions, *theirs.layer(1), slots
+    )
     assert error(our_q, their_q) < DTYPE_ERROR
     assert error(ours.pages, theirs.pages) < DTYPE_ERROR
     untouched = theirs.pages == 7.0
@@ -86,6 +87,7 @@ def test_norm_rotate_store(fused, tokens: int, heads: int, kv_heads: int, dim: i
     ("tokens", "padding", "experts", "top_k", "hidden", "width"),
     [
         (1, 0, 128, 8, 2048, 768),
+        (2, 2, 128, 8, 2048, 768),
         (16, 5, 128, 8, 2048, 768),
         (64, 0, 128, 8, 2048, 768),
         (256, 3, 128, 8, 2048, 768),

@@ -35,6 +35,20 @@ def test_double_free_is_caught():
         allocator.release(pages)
 
 
+def test_the_lowest_free_pages_are_handed_out():
+    """Neighbours travel as one block, so a prompt's pages had better be such, whatever came before."""
+    allocator = PageAllocator(10)
+    first, second = allocator.allocate(4), allocator.allocate(3)
+    assert first == [0, 1, 2, 3]
+    assert second == [4, 5, 6]
+    allocator.share(first[1:2])
+    allocator.release(second)
+    allocator.release(first)
+    assert allocator.allocate(6) == [0, 2, 3, 4, 5, 6]
+    allocator.release([1])
+    assert allocator.allocate(4) == [1, 7, 8, 9]
+
+
 def test_recount_sees_a_leak_and_a_lost_reference():
     allocator = PageAllocator(4)
     pages = allocator.allocate(2)

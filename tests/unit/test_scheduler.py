@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.memory.request_table import RequestTable
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepPlan
 from tests.support.schedulers import DecodeRun, PrefillRun
@@ -298,6 +299,23 @@ def test_pages_are_taken_as_the_tokens_come():
     assert run.allocator.num_free == run.allocator.num_pages
 
 
+def test_pages_run_out_for_some_and_the_elder_ones_get_on():
+    """Three requests want a page at once: there is one left, the eldest's, and the youngest gives way for the second."""
+    run = DecodeRun(num_pages=7, page_size=2)
+    for rid in "abc":
+        run.add([1, 1, 1], 5, rid=rid)
+    first, second, third = run.admit()
+    for request in (first, second, third):
+        run.arrive(request)
+    assert [len(request.pages) for request in (first, second, third)] == [2, 2, 2]
+    assert [span[0] for span in spans(run.launch())] == ["a", "b", "c"]
+    run.settle()
+    assert [span[0] for span in spans(run.launch())] == ["a", "b"]
+    assert run.swap_space.swapped_out == [third]
+    assert [len(request.pages) for request in (first, second)] == [3, 3]
+    assert run.recount() == 0
+
+
 def test_only_what_has_arrived_takes_part():
     run = DecodeRun()
     [first], [second] = run.add([1], 5, rid="a"), run.add([2], 5, rid="b")
@@ -383,7 +401,7 @@ def test_random_decode_histories(num_pages: int, page_size: int, max_running: in
         elif action == "launch":
             if len(run.in_flight) == 2:
                 run.settle()
-            check_decode_step(run.launch(), page_size)
+            check_decode_step(run.launch(), run.table, page_size)
         elif action == "settle" and run.in_flight:
             run.settle()
         elif action == "abort" and requests:
@@ -398,7 +416,7 @@ def test_random_decode_histories(num_pages: int, page_size: int, max_running: in
     assert run.table.num_free == max_running
 
 
-def check_decode_step(plan: StepPlan | None, page_size: int) -> None:
+def check_decode_step(plan: StepPlan | None, table: RequestTable, page_size: int) -> None:
     """One token for each of these, none past the last, and no slot that two of them could write."""
     slots = []
     for entry in () if plan is None else plan.entries:
@@ -407,6 +425,7 @@ def check_decode_step(plan: StepPlan | None, page_size: int) -> None:
         assert request.state is RequestState.RUNNING
         assert entry.start <= request.num_known_tokens, "the token before it has been drawn, or is about to be"
         assert entry.stop <= request.max_total_tokens - 1
+        assert table.pages[request.row, : len(request.pages)].tolist() == request.pages
         slots.append(request.pages[entry.start // page_size] * page_size + entry.start % page_size)
     assert len(set(slots)) == len(slots)
 

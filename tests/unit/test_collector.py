@@ -1,0 +1,152 @@
+"""Rows that are gathered while their request goes on: the same answer as gathered at its end, whatever happens to its pages."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.engine import collector as collector_module
+from common.engine.collector import RowCollector, Rows
+from common.memory.layout import slots_of
+from common.memory.page_allocator import PageAllocator
+from common.messages import Generate, RequestOptions, RowBlock
+from common.routed_experts.host_cache import HostCache
+from common.routed_experts.spec import RowSpec
+from common.scheduling.request import Request
+
+SPEC = RowSpec(num_experts=16, top_k=4, layer_ids=(0, 1), num_hidden_layers=2)
+PAGE_SIZE = 4
+
+
+class LaterExecutor:
+    """Runs what was submitted when the test says so, or when somebody waits for it."""
+
+    def __init__(self) -> None:
+        self.jobs: list[Callable[[], None]] = []
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.jobs.append(lambda: future.set_result(function(*arguments)))
+        return future
+
+    def run(self) -> None:
+        while self.jobs:
+            self.jobs.pop(0)()
+
+
+class Case:
+    """A pool of 40 pages, a collector whose threads are the test's, and requests of random rows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int, cache: type[HostCache] = HostCache) -> None:
+        monkeypatch.setattr(collector_module, "_SMALL_BYTES", 1)
+        self.rng = np.random.default_rng(seed)
+        self.allocator = PageAllocator(40)
+        self.cache = cache(SPEC, self.allocator.generations, PAGE_SIZE)
+        engine: Any = SimpleNamespace(
+            host_cache=self.cache, weight_version="v", capacity=SimpleNamespace(page_size=PAGE_SIZE)
+        )
+        self.collector = RowCollector(engine, verified=True, wake=lambda: None)
+        self.executor = LaterExecutor()
+        self.collector._executor = self.executor  # type: ignore[assignment]
+        self.answers: list[Rows] = []
+
+    def request(self, num_tokens: int) -> tuple[Request, np.ndarray]:
+        """A request with pages for its tokens, all of whose rows are committed."""
+        options = RequestOptions(return_routed_experts=True)
+        request = Request.of(Generate(rid="r", input_ids=[1] * num_tokens, options=options))
+        pages = self.allocator.allocate(-(-num_tokens // PAGE_SIZE))
+        assert pages is not None
+        request.pages = pages
+        return request, self.commit(request, num_tokens)
+
+    def commit(self, request: Request, num_tokens: int, rows: np.ndarray | None = None) -> np.ndarray:
+        if rows is None:
+            rows = np.argsort(self.rng.random((num_tokens, 2, 16)), axis=-1)[..., :4].astype(np.uint8)
+        slots = slots_of(request.pages, 0, num_tokens, PAGE_SIZE)
+        self.cache.commit(self.cache.reserve(slots), rows)
+        return rows
+
+    def collect(self, request: Request, start: int, stop: int) -> Rows:
+        self.collector.collect(request, start, stop, self.answers.append)
+        self.executor.run()
+        self.collector.poll()
+        return self.answers.pop()
+
+
+def check(block: Rows, rows: np.ndarray, start: int) -> None:
+    assert isinstance(block, RowBlock)
+    assert (block.header.start, block.header.stop) == (start, start + len(rows))
+    assert bytes(block.data) == rows.tobytes()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    num_tokens=st.integers(1, 40),
+    cuts=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    is_run_early=st.booleans(),
+    is_moved=st.booleans(),
+)
+def test_gathered_early_or_not_the_rows_are_the_same(
+    seed: int, num_tokens: int, cuts: tuple[int, int], is_run_early: bool, is_moved: bool
+):
+    """Also when the request is moved to other pages meanwhile, and somebody else writes rows of his own to its old ones."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        case = Case(monkeypatch, seed)
+        request, rows = case.request(num_tokens)
+        start, middle = sorted(min(cut, num_tokens) for cut in cuts)
+        case.collector.begin(request, start, middle)
+        if is_run_early:
+            case.executor.run()
+        if is_moved:
+            case.allocator.release(request.pages)
+            case.request(40)  # takes the freed pages, if any
+            pages = case.allocator.allocate(-(-num_tokens // PAGE_SIZE))
+            assert pages is not None
+            request.pages = pages
+            case.commit(request, num_tokens, rows)
+        check(case.collect(request, start, num_tokens), rows[start:], start)
+
+
+class TornCache(HostCache):
+    """Between copying rows and answering, lets something happen to their pages."""
+
+    meanwhile: Callable[[], None] | None = None
+
+    def read(self, slots: Any) -> Any:
+        result = super().read(slots)
+        happen, self.meanwhile = self.meanwhile, None
+        if happen is not None:
+            happen()
+        return result
+
+
+def test_a_copy_during_which_pages_change_hands_is_not_used(monkeypatch: pytest.MonkeyPatch):
+    case = Case(monkeypatch, 7, TornCache)
+    request, _ = case.request(12)
+    case.collector.begin(request, 0, 12)
+    early = case.collector._early[request]
+    assert isinstance(case.cache, TornCache)
+
+    def change_hands() -> None:
+        case.allocator.release(request.pages)
+        case.request(40)
+
+    case.cache.meanwhile = change_hands
+    case.executor.run()
+    assert early.rows.result() is None
+    assert case.collector.num_refused == 0
+
+
+def test_an_early_copy_ends_with_its_request(monkeypatch: pytest.MonkeyPatch):
+    case = Case(monkeypatch, 8)
+    request, _ = case.request(12)
+    case.collector.begin(request, 0, 12)
+    assert not case.collector.holds(request)
+    case.collector.forget(request)
+    assert not case.collector._early
