@@ -9,6 +9,7 @@ eagerly, as they do in every other step.
 Neighbours: `common.engine.batch` (the layout that is padded), `common.kernels.flashinfer_attention` (planned before each replay).
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -118,8 +119,13 @@ class StepGraphs:
         if pool is None:
             return _Lanes(attention, batch, lambda: forward()[1])
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            batch, hidden_BD = forward()
+        # A capture ends with an error if the collector frees another engine's graphs meanwhile.
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph, pool=pool):
+                batch, hidden_BD = forward()
+        finally:
+            gc.enable()
 
         def replay() -> torch.Tensor:
             graph.replay()

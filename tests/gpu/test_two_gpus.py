@@ -4,6 +4,7 @@ One request at a time, the pair's steps have the shapes that one engine's have. 
 engine's, bit for bit (R17), in bfloat16 too, where transformers could not be the oracle: KV that had not arrived whole would show.
 """
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -139,8 +140,12 @@ def test_each_worker_has_a_gpu_of_its_own(stack: Stack):
     assert DEVICE == "cpu" or len({*gpus} - {None, ""}) == 2
 
 
-async def test_one_at_a_time_a_pair_is_one_engine(stack: Stack, checkpoint: Path):
+def test_one_at_a_time_a_pair_is_one_engine(stack: Stack, checkpoint: Path):
     """Tokens, logprobs and every row of 12 requests, and the bytes that NIXL has moved for them."""
+    asyncio.run(compare_with_one_engine(stack, checkpoint))
+
+
+async def compare_with_one_engine(stack: Stack, checkpoint: Path) -> None:
     requests = requests_of(31, 12)
     async with Client(stack.url) as client:
         before = await client.quiet_stats()
@@ -176,6 +181,9 @@ def test_the_reference_workload_has_no_bad_row(stack: Stack):
     assert summary.is_good
 
 
-async def test_nothing_is_held_at_the_end(stack: Stack):
-    async with Client(stack.url) as client:
-        await client.quiet_stats()
+def test_nothing_is_held_at_the_end(stack: Stack):
+    async def look() -> None:
+        async with Client(stack.url) as client:
+            await client.quiet_stats()
+
+    asyncio.run(look())
