@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from common.kernels.triton import layer, moe, sampling
+from common.kernels.triton import experts, grouped_experts, layer, sampling
+from common.kernels.triton.routing import route
 from common.kernels.triton.tuning import tuned_for
 
 
@@ -49,11 +50,11 @@ class FusedKernels:
         """Four launches for few tokens: the router's product, the choice with the rows' capture, and the two expert products."""
         num_experts, hidden_size, width = down_EDI.shape
         logits_TE = F.linear(hidden_TD, gate_ED)
-        routing = moe.route(logits_TE, ids_TK, counts_E, norm_topk_prob=norm_topk_prob, num_tokens=num_tokens)
+        routing = route(logits_TE, ids_TK, counts_E, norm_topk_prob=norm_topk_prob, num_tokens=num_tokens)
         tuned = tuned_for(num_experts=num_experts, top_k=ids_TK.shape[1], hidden_size=hidden_size, width=width)
         if len(hidden_TD) <= tuned.single_tokens:
-            return moe.single_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)
-        run = moe.few_tokens if len(hidden_TD) <= tuned.few_tokens else moe.many_tokens
+            return experts.single_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)
+        run = experts.few_tokens if len(hidden_TD) <= tuned.few_tokens else grouped_experts.many_tokens
         return run(hidden_TD, routing, gate_up_E2ID, down_EDI)
 
     def draw(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-CHECKS = ("add_norm", "norm_rotate_store", "few_tokens", "single_tokens", "ties", "draw")
+CHECKS = ("add_norm", "norm_rotate_store", "few_tokens", "single_tokens", "many_tokens", "ties", "draw")
 
 
 @pytest.fixture(scope="module")

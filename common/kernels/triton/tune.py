@@ -20,7 +20,8 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from common.kernels.triton import moe
+from common.kernels.triton import experts, grouped_experts
+from common.kernels.triton.routing import Routing, route
 from common.kernels.triton.tuning import Tile, Tiles, Tuned, config_path
 
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> int:
 
 class _Case(NamedTuple):
     hidden: torch.Tensor
-    routing: moe.Routing
+    routing: Routing
     inner: torch.Tensor
 
 
@@ -113,24 +114,24 @@ class _Weights:
         shape = self._shape
         ids_TK = torch.empty((num_tokens, shape.top_k), dtype=torch.int32, device="cuda")
         counts_E = torch.zeros(shape.experts, dtype=torch.int32, device="cuda")
-        routing = moe.route(_random(num_tokens, shape.experts), ids_TK, counts_E, norm_topk_prob=True)
+        routing = route(_random(num_tokens, shape.experts), ids_TK, counts_E, norm_topk_prob=True)
         return _Case(_random(num_tokens, shape.hidden), routing, _random(num_tokens * shape.top_k, shape.width))
 
     def run_gate_up(self, case: _Case, tile: Tile) -> None:
         """Launch the first kernel for few tokens."""
-        moe.gate_up(case.hidden, case.routing, self.gate_up, tile)
+        experts.gate_up(case.hidden, case.routing, self.gate_up, tile)
 
     def run_down(self, case: _Case, tile: Tile) -> None:
         """Launch the second kernel for few tokens."""
-        moe.down(case.inner, case.routing, self.down, tile)
+        experts.down(case.inner, case.routing, self.down, tile)
 
     def run_single(self, case: _Case) -> None:
         """Launch all of the way for a token or two."""
-        moe.single_tokens(case.hidden, case.routing, self.gate_up, self.down)
+        experts.single_tokens(case.hidden, case.routing, self.gate_up, self.down)
 
     def run_many(self, case: _Case) -> None:
         """Launch all of the way for many tokens."""
-        moe.many_tokens(case.hidden, case.routing, self.gate_up, self.down)
+        grouped_experts.many_tokens(case.hidden, case.routing, self.gate_up, self.down)
 
 
 def _random(*sizes: int) -> torch.Tensor:

@@ -1,149 +1,26 @@
-"""The experts of one MoE layer in Triton: routing, and two ways through the expert products, for few and for many tokens.
+"""The expert products for few tokens, in Triton.
 
-Few tokens read far more weights than they compute with, so each program streams one slab of one expert's weights past the
-tokens that chose it (`few_tokens`). Many tokens compute, so they are sorted by expert and go through torch's grouped product
-(`many_tokens`). Both start from `route`, which also writes the routed-expert row of each token where the capturer wants it.
+Few tokens read far more weights than they compute with. So each program streams one slab of one expert's weights past the tokens
+that chose it (`few_tokens`); with a token or two, hardly two of which share an expert, past one of them (`single_tokens`). SiLU and
+the routing weight are folded in; the sum over a token's experts is left to the norm that follows.
 
 Shape letters: T tokens, D hidden size, E experts, K top-k, I expert width, A = T * K assignments; assignment t * K + k is the
-k-th expert of token t. The twins are in `common.kernels.reference`; launch parameters are in `configs`.
+k-th expert of token t. The twin is `common.kernels.reference.moe_experts`; launch parameters are in `configs`.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.kernels.triton.launch import overlapped
+from common.kernels.triton.routing import Routing
 from common.kernels.triton.tuning import Tile, tiles_for
 
 # Of one token's experts on an H200: 13.8 and 7.9 us with these, 17.5 and 10.6 with tiles for the tensor cores.
 _SINGLE_GATE_UP_ROWS = 4
 _SINGLE_DOWN_ROWS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Routing:
-    """Who goes where: the result of `route`, on the device."""
-
-    weights_TK: torch.Tensor
-    """Weights of the chosen experts, in the hidden dtype."""
-    ids_TK: torch.Tensor
-    """The row of each token, in the capturer's dtype; a strided view of its buffer."""
-    places_TK: torch.Tensor
-    """int32: which of its expert's assignments this one is, from 0; in no particular order."""
-    counts_E: torch.Tensor
-    """int32: how many assignments each expert has."""
-    members_ET: torch.Tensor
-    """int32: each expert's assignments by place; only the first `counts_E` of each are set."""
-    num_tokens: torch.Tensor | None
-    """One int64: how many of the T are tokens, if the batch is padded."""
-
-
-# ------------------------------------------------------------------------------------------------ routing
-
-
-def route(
-    logits_TE: torch.Tensor,
-    ids_TK: torch.Tensor,
-    counts_E: torch.Tensor,
-    *,
-    norm_topk_prob: bool,
-    num_tokens: torch.Tensor | None = None,
-) -> Routing:
-    """Choose each token's K likeliest experts, write them to `ids_TK` (any integer dtype, last dimension contiguous) and
-    count them in `counts_E` (int32, zeros). The logits are of 16 bits, at most 65536 experts.
-
-    Softmax and weights are computed in float32; of two equally likely experts the lower id comes first. `num_tokens` (one
-    int64 on the device) is for padded batches: tokens from there on go nowhere, and nothing is written for them.
-    """
-    (total, num_experts), top_k = logits_TE.shape, ids_TK.shape[1]
-    device = logits_TE.device
-    weights_TK = torch.empty((total, top_k), dtype=logits_TE.dtype, device=device)
-    places_TK = torch.empty((total, top_k), dtype=torch.int32, device=device)
-    members_ET = torch.empty((num_experts, total), dtype=torch.int32, device=device)
-    _route[(total,)](
-        logits_TE,
-        weights_TK,
-        ids_TK,
-        places_TK,
-        counts_E,
-        members_ET,
-        num_tokens,
-        ids_TK.stride(0),
-        total,
-        E=num_experts,
-        E_BLOCK=triton.next_power_of_2(num_experts),
-        K=top_k,
-        K_BLOCK=triton.next_power_of_2(top_k),
-        NORMALISE=norm_topk_prob,
-        IS_PADDED=num_tokens is not None,
-        num_warps=1,
-        **overlapped(),
-    )
-    return Routing(weights_TK, ids_TK, places_TK, counts_E, members_ET, num_tokens)
-
-
-@triton.jit(
-    do_not_specialize=["ids_stride", "capacity"], do_not_specialize_on_alignment=["ids", "num_tokens", "counts"]
-)
-def _route(
-    logits,
-    weights,
-    ids,
-    places,
-    counts,
-    members,
-    num_tokens,
-    ids_stride,
-    capacity,
-    E: tl.constexpr,
-    E_BLOCK: tl.constexpr,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    NORMALISE: tl.constexpr,
-    IS_PADDED: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):
-    if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
-    token = tl.program_id(0).to(tl.int64)
-    if IS_PADDED:
-        if token >= tl.load(num_tokens):
-            return
-    experts = tl.arange(0, E_BLOCK)
-    ranks = tl.arange(0, K_BLOCK)
-    source = logits + token * E + experts
-    logit = tl.load(source, mask=experts < E, other=-float("inf"))
-    # Logit and expert in one number whose order is theirs: a higher logit first, of equal ones the lower expert.
-    bits = logit.to(tl.int16, bitcast=True).to(tl.int32)
-    key = (bits ^ ((bits >> 31) & 0x7FFF)) * 65536 + (65535 - experts)
-    key = tl.where(experts < E, key, -0x80000000)
-    best = tl.zeros([K_BLOCK], dtype=tl.int32)
-    for k in tl.static_range(K):
-        highest = tl.max(key, 0)
-        best = tl.where(ranks == k, highest, best)
-        key = tl.where(key == highest, -0x80000000, key)
-    chosen = 65535 - (best & 0xFFFF)
-    bits = best >> 16
-    bits = bits ^ ((bits >> 31) & 0x7FFF)
-    top = tl.max(logit.to(tl.float32), 0)
-    weight = tl.exp(bits.to(tl.int16).to(logits.dtype.element_ty, bitcast=True).to(tl.float32) - top)
-    is_rank = ranks < K
-    if NORMALISE:
-        weight = weight / tl.sum(tl.where(is_rank, weight, 0.0))
-    else:
-        weight = weight / tl.sum(tl.exp(logit.to(tl.float32) - top))
-    tl.store(weights + token * K + ranks, weight, mask=is_rank)
-    tl.store(ids + token * ids_stride + ranks, chosen, mask=is_rank)
-    place = tl.atomic_add(counts + chosen, 1, mask=is_rank)
-    tl.store(places + token * K + ranks, place, mask=is_rank)
-    tl.store(members + chosen * capacity + place, (token * K + ranks).to(tl.int32), mask=is_rank)
-
 
 # ------------------------------------------------------------------------------------------------ few tokens
 
@@ -436,91 +313,3 @@ def _single_down(
         product += tl.sum(row * x, 1)
     scale = tl.load(assignment_weights + assignment).to(tl.float32)
     tl.store(out + assignment * D + rows, (product * scale).to(out.dtype.element_ty), mask=rows < D)
-
-
-# ------------------------------------------------------------------------------------------------ many tokens
-
-
-def many_tokens(
-    hidden_TD: torch.Tensor, routing: Routing, gate_up_E2ID: torch.Tensor, down_EDI: torch.Tensor
-) -> torch.Tensor:
-    """Run tokens through their experts, sorted by expert; returns the sums of their weighted outputs `[T, D]`."""
-    (total, hidden_size), top_k = hidden_TD.shape, routing.ids_TK.shape[1]
-    width = down_EDI.shape[2]
-    ends_E = routing.counts_E.cumsum(0, dtype=torch.int32)
-    sorted_AD = hidden_TD.new_empty((total * top_k, hidden_size))
-    # Becomes the places among all assignments.
-    places_TK = torch.empty_like(routing.places_TK)
-    block = triton.next_power_of_2(hidden_size)
-    ids_TK = routing.ids_TK
-    _scatter[(total,)](
-        hidden_TD,
-        sorted_AD,
-        ids_TK,
-        routing.places_TK,
-        routing.counts_E,
-        ends_E,
-        places_TK,
-        ids_TK.stride(0),
-        D=hidden_size,
-        D_BLOCK=block,
-        K=top_k,
-        num_warps=4,
-    )
-    gate_up_A2I = F.grouped_mm(sorted_AD, gate_up_E2ID.transpose(1, 2), offs=ends_E)
-    inner_AI = hidden_TD.new_empty((total * top_k, width))
-    _silu_and_mul[(total * top_k,)](gate_up_A2I, inner_AI, I=width, I_BLOCK=triton.next_power_of_2(width), num_warps=4)
-    out_AD = F.grouped_mm(inner_AI, down_EDI.transpose(1, 2), offs=ends_E)
-    out_TD = torch.empty_like(hidden_TD)
-    _gather_sum[(total,)](
-        out_AD, out_TD, places_TK, routing.weights_TK, D=hidden_size, D_BLOCK=block, K=top_k, num_warps=4
-    )
-    return out_TD
-
-
-@triton.jit(do_not_specialize=["ids_stride"], do_not_specialize_on_alignment=["ids", "counts"])
-def _scatter(
-    hidden,
-    sorted_hidden,
-    ids,
-    places,
-    counts,
-    ends,
-    sorted_places,
-    ids_stride,
-    D: tl.constexpr,
-    D_BLOCK: tl.constexpr,
-    K: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, D_BLOCK)
-    is_column = columns < D
-    x = tl.load(hidden + token * D + columns, mask=is_column)
-    for k in tl.static_range(K):
-        expert = tl.load(ids + token * ids_stride + k).to(tl.int32)
-        place = tl.load(ends + expert) - tl.load(counts + expert) + tl.load(places + token * K + k)
-        tl.store(sorted_hidden + place.to(tl.int64) * D + columns, x, mask=is_column)
-        tl.store(sorted_places + token * K + k, place)
-
-
-@triton.jit
-def _silu_and_mul(gate_up, inner, I: tl.constexpr, I_BLOCK: tl.constexpr):  # noqa: E741
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, I_BLOCK)
-    is_column = columns < I
-    gate = tl.load(gate_up + row * 2 * I + columns, mask=is_column, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * I + I + columns, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(inner + row * I + columns, (gate * tl.sigmoid(gate) * up).to(inner.dtype.element_ty), mask=is_column)
-
-
-@triton.jit
-def _gather_sum(outputs, out, places, weights, D: tl.constexpr, D_BLOCK: tl.constexpr, K: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, D_BLOCK)
-    is_column = columns < D
-    total = tl.zeros([D_BLOCK], dtype=tl.float32)
-    for k in tl.static_range(K):
-        place = tl.load(places + token * K + k).to(tl.int64)
-        weight = tl.load(weights + token * K + k).to(tl.float32)
-        total += weight * tl.load(outputs + place * D + columns, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(out + token * D + columns, total.to(out.dtype.element_ty), mask=is_column)
