@@ -6,7 +6,7 @@ than running it. The B - T padding lanes write their keys and values to the padd
 expert, and leave rows in the capture buffer that nobody takes. The forward pass alone is captured; logits and sampling follow it
 eagerly, as they do in every other step.
 
-Neighbours: `common.engine.batch` (the layout that is padded), `common.kernels.flashinfer_attention` (planned before each replay).
+Neighbours: `common.engine.step_layout` (what is padded), `common.kernels.flashinfer_attention` (planned before each replay).
 """
 
 import gc
@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.engine.batch import Ints, PerDraw, PerToken, StepBatch, StepLayout, complete_batch, known_or_last
+from common.engine.batch import StepBatch, complete_batch, known_or_last
 from common.engine.device import StepStaging
+from common.engine.step_layout import Ints, PerDraw, PerToken, StepLayout
 from common.kernels.attention import AttentionPlan
 from common.kernels.flashinfer_attention import FixedDecode, FlashinferAttention
 from common.memory.kv_pool import KvPool

@@ -9,13 +9,14 @@ import torch
 
 from common.config import EngineOptions, ModelOptions
 from common.engine.backends import Backends, choose_backends
-from common.engine.batch import ScoredBatch, StepLayout, lay_out, padding_batch, upload_layout
+from common.engine.batch import ScoredBatch, padding_batch, upload_layout
 from common.engine.capacity import CapacityPlan, plan_capacity
 from common.engine.device import Device, StepStaging, open_device
 from common.engine.penalties import LogitChanges, TokenCounts
 from common.engine.sampler import SamplingBatch, sample, top_logprobs
 from common.engine.seats import Seats
 from common.engine.step import Launched
+from common.engine.step_layout import StepLayout, lay_out
 from common.kernels.reference import logprobs_of
 from common.memory.kv_pool import KvPool
 from common.memory.layout import KvLayout, slots_of

@@ -12,8 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.engine.batch import ON_DEVICE, StepBatch, StepLayout, lay_out, upload_layout
+from common.engine.batch import StepBatch, upload_layout
 from common.engine.device import CpuDevice
+from common.engine.step_layout import ON_DEVICE, StepLayout, lay_out
 from common.kernels.attention import AttentionPlan
 from common.memory.layout import slots_of
 from common.memory.request_table import RequestTable

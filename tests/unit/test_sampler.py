@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.engine import sampler
-from common.engine.batch import lay_out, sampling_of, split_ints
+from common.engine.batch import sampling_of
 from common.engine.sampler import SamplingBatch
+from common.engine.step_layout import lay_out, split_ints
 from common.kernels import reference
 from common.kernels.reference import exponential_noise
 from common.kernels.torch_kernels import TorchKernels
