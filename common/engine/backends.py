@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from common.config import EngineOptions
+from common.engine.capacity import LARGEST_GRAPH
 from common.errors import UsageError
 from common.kernels.attention import AttentionBackend
 from common.kernels.interface import Kernels
@@ -55,6 +56,7 @@ def choose_backends(options: EngineOptions, config: ModelConfig, dtype: torch.dt
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         page_size=options.page_size,
+        max_batch_size=min(options.max_running_requests, LARGEST_GRAPH),
         dtype=dtype,
         device=device,
     )

@@ -20,7 +20,7 @@ from flashinfer.decode import fast_decode_plan
 
 from common.kernels.attention import AttentionPlan
 
-_WORKSPACE_BYTES = 256 * 2**20
+_LEAST_WORKSPACE_BYTES = 256 * 2**20
 _PLAN_BYTES = 8 * 2**20  # flashinfer's own size for the integer part of a plan
 _NUM_STAGINGS = 4
 _LAYOUT = "HND"  # how a page's block is indexed: head, slot, dim
@@ -55,14 +55,19 @@ class FlashinferAttention:
         num_kv_heads: int,
         head_dim: int,
         page_size: int,
+        max_batch_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
+        """`max_batch_size` is the largest that `fixed_decode` is asked for."""
         self._sizes = (num_heads, num_kv_heads, head_dim, page_size)
         self._dtype = dtype
         self._staging = _PlanStaging()
         # One step runs at a time, and plans follow each other in stream order: all wrappers share these.
-        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        workspace_bytes = max(
+            _LEAST_WORKSPACE_BYTES, _decode_workspace_bytes(num_heads, num_kv_heads, head_dim, max_batch_size)
+        )
+        self._workspace = torch.zeros(workspace_bytes, dtype=torch.uint8, device=device)
         self._plan_buffer = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
         is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._prefill = BatchPrefillWithPagedKVCacheWrapper(
@@ -177,3 +182,14 @@ class FixedDecode:
         """Attend; see `common.kernels.attention.Attention`."""
         out: torch.Tensor = self._wrapper.run(q_THd, (k_cache, v_cache))
         return out
+
+
+def _decode_workspace_bytes(num_heads: int, num_kv_heads: int, head_dim: int, batch_size: int) -> int:
+    """What flashinfer keeps of a fixed batch whose contexts are split: a partial sum in float32 for each tile of queries.
+
+    Its tiles hold 16 rows, or 64 where more than 16 query heads share a key head.
+    """
+    group = num_heads // num_kv_heads
+    rows = 16 if group <= 16 else 64
+    num_tiles = max(264, -(-batch_size * group // rows) + batch_size)
+    return num_heads * num_tiles * rows * (head_dim + 1) * 4 + 2**20

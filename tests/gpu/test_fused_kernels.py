@@ -205,7 +205,13 @@ def attention_pair(page_size: int):
     ours.pages.normal_()
     theirs.pages.copy_(ours.pages)
     backend = FlashinferAttention(
-        num_heads=32, num_kv_heads=4, head_dim=128, page_size=page_size, dtype=BF16, device=torch.device("cuda", 0)
+        num_heads=32,
+        num_kv_heads=4,
+        head_dim=128,
+        page_size=page_size,
+        max_batch_size=8,
+        dtype=BF16,
+        device=torch.device("cuda", 0),
     )
     return ours, theirs, backend
 
