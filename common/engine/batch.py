@@ -107,6 +107,7 @@ def sampling_of(layout: StepLayout, draws: PerDraw[torch.Tensor], params_3S: tor
         min_ps_S=min_ps_S,
         seeds_S=draws.seeds,
         positions_S=draws.positions,
+        all_greedy=layout.all_greedy,
         any_filtered=layout.any_filtered,
     )
 

@@ -28,6 +28,7 @@ class SamplingBatch:
     seeds_S: torch.Tensor
     positions_S: torch.Tensor
     """int64: absolute position of the token that is drawn."""
+    all_greedy: bool
     any_filtered: bool
 
 
@@ -36,7 +37,9 @@ def sample(logits_SV: torch.Tensor, batch: SamplingBatch, kernels: Kernels) -> t
 
     The logprob is the model's own, from the softmax of the unscaled logits, whatever temperature and filters were.
     """
-    tokens_S, logprobs_S = kernels.draw(logits_SV, batch.temperatures_S, batch.seeds_S, batch.positions_S)
+    tokens_S, logprobs_S = kernels.draw(
+        logits_SV, batch.temperatures_S, batch.seeds_S, batch.positions_S, all_greedy=batch.all_greedy
+    )
     if not batch.any_filtered:
         return tokens_S, logprobs_S
     # Rows without filters keep their token: it must not depend on who is beside them.

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from common.kernels.attention import AttentionPlan
+from common.kernels.reference import GREEDY_BELOW
 from common.memory.request_table import RequestTable
 from common.scheduling.step_plan import StepEntry, StepPlan
 
@@ -82,6 +83,7 @@ class StepLayout:
     """`[S]`: the plan's entry that each draw belongs to; one with n samples stands here n times."""
     all_known: bool
     """No token is `ON_DEVICE`."""
+    all_greedy: bool
     any_filtered: bool
     any_logit_changes: bool
     top_count: int
@@ -141,6 +143,7 @@ def lay_out(plan: StepPlan, table: RequestTable, page_size: int) -> StepLayout:
         ),
         draw_entries=draw_entries,
         all_known=bool((tokens.token_ids != ON_DEVICE).all()),
+        all_greedy=bool((params_3S[0] < GREEDY_BELOW).all()),
         any_filtered=bool(table.is_filtered[draws.rows].any()),
         any_logit_changes=bool(table.changes_logits[draws.rows].any()),
         top_count=int(table.num_top_logprobs[draws.rows].max(initial=0)),

@@ -58,7 +58,13 @@ class FusedKernels:
         return run(hidden_TD, routing, gate_up_E2ID, down_EDI)
 
     def draw(
-        self, logits_SV: torch.Tensor, temperatures_S: torch.Tensor, seeds_S: torch.Tensor, positions_S: torch.Tensor
+        self,
+        logits_SV: torch.Tensor,
+        temperatures_S: torch.Tensor,
+        seeds_S: torch.Tensor,
+        positions_S: torch.Tensor,
+        *,
+        all_greedy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two launches."""
+        """Two launches, greedy or not: so a greedy row's token does not depend on who is beside it."""
         return sampling.draw(logits_SV, temperatures_S, seeds_S, positions_S)

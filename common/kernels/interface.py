@@ -61,9 +61,16 @@ class Kernels(Protocol):
         """
 
     def draw(
-        self, logits_SV: torch.Tensor, temperatures_S: torch.Tensor, seeds_S: torch.Tensor, positions_S: torch.Tensor
+        self,
+        logits_SV: torch.Tensor,
+        temperatures_S: torch.Tensor,
+        seeds_S: torch.Tensor,
+        positions_S: torch.Tensor,
+        *,
+        all_greedy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw a token from each row without filters: token ids int64 and logprobs float32 of the unscaled logits, `[S]`.
 
         A pure function of each row's logits (any floating dtype), temperature (greedy under 1e-6), seed and position (R17).
+        `all_greedy` says what the temperatures say too, and saves work.
         """

@@ -63,7 +63,16 @@ class TorchKernels:
         return reference.moe_experts(hidden_TD, chosen_TK, weights_TK, gate_up_E2ID, down_EDI)
 
     def draw(
-        self, logits_SV: torch.Tensor, temperatures_S: torch.Tensor, seeds_S: torch.Tensor, positions_S: torch.Tensor
+        self,
+        logits_SV: torch.Tensor,
+        temperatures_S: torch.Tensor,
+        seeds_S: torch.Tensor,
+        positions_S: torch.Tensor,
+        *,
+        all_greedy: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The exponential race over the whole vocabulary."""
+        """The exponential race over the whole vocabulary, if anybody races."""
+        if all_greedy:
+            tokens_S = logits_SV.argmax(dim=-1)
+            return tokens_S, reference.logprobs_of(logits_SV, tokens_S)
         return reference.draw(logits_SV, temperatures_S, seeds_S, positions_S)

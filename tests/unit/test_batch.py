@@ -217,6 +217,7 @@ def check_sampling(plan: StepPlan, layout: StepLayout, batch: StepBatch) -> None
     assert batch.sampling.min_ps_S.tolist() == [p.min_p for p in params]
     top_ks = zip(batch.sampling.top_ks_S.tolist(), params, strict=True)
     assert all(top_k == p.top_k if p.top_k > 0 else top_k > 10**6 for top_k, p in top_ks)
+    assert batch.sampling.all_greedy == all(p.temperature == 0 for p in params)
     assert batch.sampling.any_filtered == any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params)
 
 

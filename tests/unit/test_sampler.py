@@ -319,6 +319,7 @@ def test_greedy_is_the_argmax(mixed: bool):
     temperatures = [0.0, 1e-7, 1.0 if mixed else 0.0]
     params = [SamplingParams(temperature=temperatures[i % 3], seed=i) for i in range(40)]
     batch = batch_of(params, range(40))
+    assert batch.all_greedy == (not mixed)
     tokens = sample(torch.from_numpy(logits), batch)[0].numpy()
     greedy = [i for i in range(40) if temperatures[i % 3] < 1]
     np.testing.assert_array_equal(tokens[greedy], logits.argmax(axis=1)[greedy])
