@@ -5,6 +5,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TRITON := .cache/triton
 PACKAGES := common decode_worker deploy prefill_worker router transfer
 
 .PHONY: setup demo test check bench clean
@@ -23,7 +24,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(PYTHON) -m deploy.demo
 
-test: setup
+# Triton's interpreter runs the GPU kernels on a CPU. It has a folder of its own: where it is installed, torch imports it everywhere.
+$(TRITON)/.installed: | $(STAMP)
+	$(PYTHON) -m pip install --quiet --no-deps --upgrade --target $(TRITON) triton==3.9.0
+	touch $@
+
+test: setup $(TRITON)/.installed
 	$(PYTHON) -m pytest
 
 check: setup
