@@ -48,17 +48,14 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         verify_rows=config.engine.verify_rows,
         wake=channel.wake,
     )
-    try:
-        serve(
-            channel,
-            engine,
-            worker,
-            TransferThread(sender, channel.wake),
-            overlap=config.engine.overlap,
-            shutdown_deadline_s=config.server.shutdown_deadline_s,
-        )
-    finally:
-        channel.close()
+    serve(
+        channel,
+        engine,
+        worker,
+        TransferThread(sender, channel.wake),
+        overlap=config.engine.overlap,
+        shutdown_deadline_s=config.server.shutdown_deadline_s,
+    )
 
 
 if __name__ == "__main__":

@@ -34,9 +34,8 @@ class ScoredBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepBatch:
-    """A layout in tensors, which belong to this step."""
+    """What a step's logits and draws need, in tensors that belong to this step."""
 
-    forward: ForwardBatch
     draws: PerDraw[torch.Tensor]
     sampling: SamplingBatch | None
     """None when no entry samples."""
@@ -50,7 +49,7 @@ def upload_layout(
     last_tokens_R: torch.Tensor,
     attention: AttentionBackend,
     routing: RoutingSink,
-) -> StepBatch:
+) -> tuple[ForwardBatch, StepBatch]:
     """Put a layout onto the device, and the tokens that the host does not know into their places."""
     tokens, draws = split_ints(staging.upload(layout.ints), layout.num_tokens, layout.num_draws)
     forward = ForwardBatch(
@@ -60,15 +59,12 @@ def upload_layout(
         attention=attention.plan(layout.attention, staging.upload),
         routing=routing,
     )
-    return complete_batch(forward, layout, draws, staging)
+    return forward, batch_of(layout, draws, staging)
 
 
-def complete_batch(
-    forward: ForwardBatch, layout: StepLayout, draws: PerDraw[torch.Tensor], staging: StepStaging
-) -> StepBatch:
-    """Add what follows a step's forward pass: `draws` are the layout's, on the device."""
+def batch_of(layout: StepLayout, draws: PerDraw[torch.Tensor], staging: StepStaging) -> StepBatch:
+    """Put what follows the forward pass onto the device; `draws` are the layout's, there already."""
     return StepBatch(
-        forward=forward,
         draws=draws,
         sampling=None if layout.num_draws == 0 else sampling_of(layout, draws, staging.upload(layout.params_3S)),
         scored=None if layout.scored is None else _upload_scored(layout.scored, staging),

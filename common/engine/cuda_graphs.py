@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.engine.batch import StepBatch, complete_batch, known_or_last
+from common.engine.batch import StepBatch, batch_of, known_or_last
 from common.engine.device import StepStaging
 from common.engine.step_layout import Ints, PerDraw, PerToken, StepLayout
 from common.kernels.attention import AttentionPlan
@@ -84,7 +84,7 @@ class StepGraphs:
         lanes.attention.plan(packed)
         hidden_BD = lanes.run()
         draws = PerDraw(*staging.upload(draw_ints).view(len(PerDraw._fields), layout.num_draws))
-        return complete_batch(lanes.forward, layout, draws, staging), hidden_BD[:num_tokens]
+        return batch_of(layout, draws, staging), hidden_BD[:num_tokens]
 
     def _padded(self, token_ints: Ints, num_tokens: int, size: int) -> Ints:
         """The tokens' columns with zeros in the padding lanes, but for their slots, and the number of real lanes behind them."""
@@ -105,7 +105,7 @@ class StepGraphs:
         attention.plan(packed)
         tokens = PerToken(*ints[:-1].view(_NUM_COLUMNS, size))
 
-        def forward() -> tuple[ForwardBatch, torch.Tensor]:
+        def forward() -> torch.Tensor:
             batch = ForwardBatch(
                 token_ids_T=known_or_last(tokens, self._last_tokens_R),
                 positions_T=tokens.positions,
@@ -114,17 +114,17 @@ class StepGraphs:
                 routing=self._routing,
                 num_tokens=ints[-1:],
             )
-            return batch, self._model(batch, self._kv_pool)
+            return self._model(batch, self._kv_pool)
 
-        batch, hidden_BD = forward()
+        forward()
         if pool is None:
-            return _Lanes(attention, batch, lambda: forward()[1])
+            return _Lanes(attention, forward)
         graph = torch.cuda.CUDAGraph()
         # A capture ends with an error if the collector frees another engine's graphs meanwhile.
         gc.disable()
         try:
             with torch.cuda.graph(graph, pool=pool):
-                batch, hidden_BD = forward()
+                hidden_BD = forward()
         finally:
             gc.enable()
 
@@ -132,12 +132,11 @@ class StepGraphs:
             graph.replay()
             return hidden_BD
 
-        return _Lanes(attention, batch, replay)
+        return _Lanes(attention, replay)
 
 
 class _Lanes(NamedTuple):
-    """What there is of one padded size: views of the buffers, and the forward pass over them."""
+    """What there is of one padded size: its attention, and the forward pass over the buffers."""
 
     attention: FixedDecode
-    forward: ForwardBatch
     run: Callable[[], torch.Tensor]

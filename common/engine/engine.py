@@ -19,18 +19,15 @@ from common.engine.step import Launched
 from common.engine.step_layout import StepLayout, lay_out
 from common.kernels.reference import logprobs_of
 from common.memory.kv_pool import KvPool
-from common.memory.layout import KvLayout, slots_of
+from common.memory.layout import KvLayout
 from common.memory.page_allocator import PageAllocator
 from common.memory.request_table import RequestTable
-from common.messages import RowBlock
 from common.models.config import ModelConfig, load_model_config, resolve_checkpoint
 from common.models.forward import MoeModel
 from common.models.registry import build_model, resolve_dtype
 from common.routed_experts.capture import RoutedExpertsCapturer
-from common.routed_experts.collect import collect
 from common.routed_experts.host_cache import HostCache
 from common.routed_experts.spec import RowSpec
-from common.scheduling.request import Request
 from common.scheduling.step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -112,8 +109,10 @@ class Engine:
         if self._graphs is not None and self._graphs.takes(layout):
             batch, hidden_TD = self._graphs.run(layout, staging)
         else:
-            batch = upload_layout(layout, staging, self.table.last_tokens, self._backends.attention, self._capturer)
-            hidden_TD = self._model(batch.forward, self.kv_pool)
+            forward, batch = upload_layout(
+                layout, staging, self.table.last_tokens, self._backends.attention, self._capturer
+            )
+            hidden_TD = self._model(forward, self.kv_pool)
         results = {"rows": self._capturer.take(layout.num_tokens)}
         if batch.sampling is not None:
             logits_SV = self._model.logits(hidden_TD[batch.draws.last_tokens])
@@ -169,13 +168,6 @@ class Engine:
                 parts["prompt_top_logprobs"].append(values)
                 parts["prompt_top_ids"].append(ids)
         return {name: torch.cat(part) for name, part in parts.items() if part}
-
-    def collect_rows(self, request: Request, start: int, stop: int, *, verified: bool) -> RowBlock:
-        """Copy the settled rows of positions `[start, stop)` of a request that still holds its pages. Raises RowsError."""
-        slots = slots_of(request.pages, start, stop, self.capacity.page_size)
-        return collect(
-            self.host_cache, slots, start=start, rid=request.rid, weight_version=self.weight_version, verified=verified
-        )
 
 
 class EngineParts(NamedTuple):

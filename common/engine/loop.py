@@ -91,6 +91,9 @@ class Channel(Protocol):
     def wait(self, timeout_s: float) -> None:
         """Sleep until there is a message or a wake."""
 
+    def close(self) -> None:
+        """Send what is queued, and end."""
+
 
 class Background(Protocol):
     """What runs beside the loop on a thread of its own: the transfer."""
@@ -108,14 +111,14 @@ class Background(Protocol):
 def serve(
     channel: Channel, engine: Engine, role: Role, background: Background, *, overlap: bool, shutdown_deadline_s: float
 ) -> None:
-    """Run an engine process's main thread: say that the engine is ready, then drive it until `Shutdown`."""
-    loop = Loop(engine, role, overlap=overlap)
-    background.start()
-    channel.send(describe(engine))
+    """Run an engine process's main thread: say that the engine is ready, drive it until `Shutdown`, and close the channel."""
     # Model, tables and modules stay for good: the collector need not look at them again, in the middle of a step.
     gc.collect()
     gc.freeze()
+    loop = Loop(engine, role, overlap=overlap)
+    background.start()
     try:
+        channel.send(describe(engine))
         while _take_messages(channel, role):
             role.poll()
             background.check()
@@ -123,6 +126,7 @@ def serve(
                 channel.wait(IDLE_WAIT_S)
     finally:
         background.stop(shutdown_deadline_s)
+        channel.close()
 
 
 def _take_messages(channel: Channel, role: Role) -> bool:

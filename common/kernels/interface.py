@@ -55,9 +55,9 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Route each token to its K experts and run them; returns `[T, D]`, or `[T, K, D]` still to be added up over K.
 
-        The chosen ids are written to `ids_TK` (any integer dtype, maybe strided), how many tokens each expert got is added to
-        `counts_E` (int32 zeros). From token `num_tokens` on (one int64 on the device) a padded batch holds no tokens: nothing
-        is promised of their rows, and nobody's result depends on them.
+        The chosen ids are written to `ids_TK` (any integer dtype, maybe strided). `counts_E` (int32 zeros) is for whoever needs to
+        count them. From token `num_tokens` on (one int64 on the device) a padded batch holds no tokens: nothing is promised of
+        their rows, and nobody's result depends on them.
         """
 
     def draw(

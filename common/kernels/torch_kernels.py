@@ -59,7 +59,6 @@ class TorchKernels:
         assert num_tokens is None, "only the fused kernels run padded batches"
         weights_TK, chosen_TK = reference.route(hidden_TD, gate_ED, ids_TK.shape[1], norm_topk_prob)
         ids_TK.copy_(chosen_TK)
-        counts_E += chosen_TK.flatten().bincount(minlength=len(counts_E))
         return reference.moe_experts(hidden_TD, chosen_TK, weights_TK, gate_up_E2ID, down_EDI)
 
     def draw(

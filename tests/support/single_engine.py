@@ -11,7 +11,9 @@ import numpy as np
 from common.config import EngineOptions, ModelOptions
 from common.engine.engine import build_engine
 from common.engine.step import Sampled
+from common.memory.layout import slots_of
 from common.messages import Generate, RequestOptions
+from common.routed_experts.collect import collect
 from common.routed_experts.spec import rows_of
 from common.scheduling.request import Request
 from common.scheduling.step_plan import StepEntry, StepPlan
@@ -50,7 +52,8 @@ class SingleEngine:
         self._take(request, self._step(request, 0, len(prompt)))
         while not self._has_ended(request):
             self._take(request, self._step(request, request.num_known_tokens - 1, request.num_known_tokens))
-        block = self.engine.collect_rows(request, 0, request.num_known_tokens - 1, verified=True)
+        slots = slots_of(request.pages, 0, request.num_known_tokens - 1, self.engine.capacity.page_size)
+        block = collect(self.engine.host_cache, slots, start=0, rid=request.rid, weight_version="default")
         self.engine.seats.give_back_row(request)
         self.engine.seats.give_back_pages(request)
         rows = rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)

@@ -19,6 +19,7 @@ from common.kernels.attention import AttentionPlan
 from common.memory.layout import slots_of
 from common.memory.request_table import RequestTable
 from common.messages import Generate, RequestOptions, SamplingParams
+from common.models.forward import ForwardBatch
 from common.scheduling.request import Request
 from common.scheduling.step_plan import StepEntry, StepPlan
 
@@ -59,9 +60,9 @@ class PlanKept:
         raise AssertionError("a batch is built, not run")
 
 
-def make_batch(plan: StepPlan, table: RequestTable, page_size: int) -> tuple[StepLayout, StepBatch]:
+def make_batch(plan: StepPlan, table: RequestTable, page_size: int) -> tuple[StepLayout, ForwardBatch, StepBatch]:
     layout = lay_out(plan, table, page_size)
-    return layout, upload_layout(layout, CpuDevice().begin_step(), table.last_tokens, PlanKept(), Nothing())
+    return layout, *upload_layout(layout, CpuDevice().begin_step(), table.last_tokens, PlanKept(), Nothing())
 
 
 def seat(request: Request, table: RequestTable) -> None:
@@ -130,8 +131,7 @@ def slow_batch(plan: StepPlan, last_tokens: list[int], page_size: int) -> dict[s
     return out
 
 
-def as_lists(layout: StepLayout, batch: StepBatch) -> dict[str, list[Any]]:
-    forward = batch.forward
+def as_lists(layout: StepLayout, forward: ForwardBatch, batch: StepBatch) -> dict[str, list[Any]]:
     assert isinstance(forward.attention, PlanKept)
     attention = forward.attention.kept
     return {
@@ -179,14 +179,14 @@ def test_decode_steps_equal_the_twin(seed: int, num_known: int):
 
 
 def check(plan: StepPlan, table: RequestTable, page_size: int) -> StepLayout:
-    layout, batch = make_batch(plan, table, page_size)
-    assert as_lists(layout, batch) == slow_batch(plan, table.last_tokens.tolist(), page_size)
-    assert isinstance(batch.forward.attention, PlanKept)
-    attention = batch.forward.attention.kept
+    layout, forward, batch = make_batch(plan, table, page_size)
+    assert as_lists(layout, forward, batch) == slow_batch(plan, table.last_tokens.tolist(), page_size)
+    assert isinstance(forward.attention, PlanKept)
+    attention = forward.attention.kept
     assert attention.context_tokens.tolist() == [entry.stop for entry in plan.entries]
     for array in (attention.query_starts, attention.context_tokens, attention.page_starts, attention.pages):
         assert array.dtype == np.int32
-    for tensor in (batch.forward.token_ids_T, batch.forward.positions_T, batch.forward.slots_T, *batch.draws):
+    for tensor in (forward.token_ids_T, forward.positions_T, forward.slots_T, *batch.draws):
         assert tensor.dtype == torch.int64
     check_sampling(plan, layout, batch)
     check_scored(plan, layout, batch)
@@ -260,7 +260,7 @@ def test_the_last_token_comes_from_the_device_as_it_is_when_the_step_runs():
     seat(request, table)
     table.last_tokens[request.row] = 77
     entries = [StepEntry(request, 2, 3, 1), StepEntry(request, 3, 4, 1)]
-    tokens = [make_batch(StepPlan((entry,)), table, 2)[1].forward.token_ids_T for entry in entries]
+    tokens = [make_batch(StepPlan((entry,)), table, 2)[1].token_ids_T for entry in entries]
     assert [t.tolist() for t in tokens] == [[13], [77]]
     table.last_tokens[request.row] = 78
     assert tokens[1].tolist() == [77], "the batch owns its tokens"
