@@ -8,6 +8,7 @@ It knows no role; the roles' own config modules compose the groups below.
 """
 
 import argparse
+import math
 import tomllib
 import typing
 from pathlib import Path
@@ -83,6 +84,20 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     cpu_threads: Annotated[
         int, option("torch threads of an engine on a CPU; 0: half the cores", unit="threads", ge=0)
     ] = 0
+    max_quarantine: Annotated[
+        float,
+        option("part of the KV pool that may be in quarantine before the worker is unhealthy and refuses", gt=0, le=1),
+    ] = 0.5
+    watchdog_s: Annotated[
+        float,
+        option(
+            "a turn of the engine's loop that takes longer is reported, with what every thread does", unit="s", gt=0
+        ),
+    ] = 30.0
+    engine_deadline_s: Annotated[
+        float, option("longest silence of an engine before its requests fail; it beats once a second", unit="s", gt=2)
+    ] = 30.0
+    health_deadline_s: Annotated[float, option("longest time that a health check may take", unit="s", gt=0)] = 30.0
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):
@@ -100,6 +115,9 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     ] = 16384
     max_body_bytes: Annotated[int, option("largest request body", unit="bytes", ge=1024)] = 64 * 2**20
     request_deadline_s: Annotated[float, option("longest time that a request may take", unit="s", gt=0)] = 1800.0
+    write_deadline_s: Annotated[
+        float, option("longest time that a client may take nothing of its answer", unit="s", gt=0)
+    ] = 60.0
     shutdown_deadline_s: Annotated[float, option("longest time that stopping may take", unit="s", gt=0)] = 10.0
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], option("least important line that is logged")
@@ -228,9 +246,13 @@ def _build(config_type: type[Config], values: dict[str, object]) -> Config:
 
 def _convert(opt: _Option, value: object) -> object:
     try:
-        return msgspec.to_builtins(msgspec.convert(value, Annotated[opt.type, opt.meta], strict=False))
+        converted = msgspec.to_builtins(msgspec.convert(value, Annotated[opt.type, opt.meta], strict=False))
     except msgspec.ValidationError as error:
         raise UsageError(f"{opt.flag} {value}: {error}") from error
+    # A deadline that never comes is none.
+    if isinstance(converted, float) and not math.isfinite(converted):
+        raise UsageError(f"{opt.flag} {value}: expected a finite number")
+    return converted
 
 
 def _first_line(owner: type) -> str:

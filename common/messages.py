@@ -336,6 +336,15 @@ class Stats(Struct, frozen=True, tag=True, kw_only=True):
     rooms: int
     dropped_messages: int
     swaps: int = 0
+    failed_steps: int = 0
+
+
+class Beat(Struct, frozen=True, tag=True):
+    """The engine's loop turns; sent about once a second, whether there is anything to compute or not."""
+
+    num_steps: int
+    quarantined_pages: int
+    num_pages: int
 
 
 class CacheFlushed(Struct, frozen=True, tag=True):
@@ -345,7 +354,7 @@ class CacheFlushed(Struct, frozen=True, tag=True):
     refusal: str | None = None
 
 
-EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlushed
+EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlushed | Beat
 
 
 # ------------------------------------------------------------------------------------------------ decode -> prefill
@@ -363,14 +372,35 @@ class PoolInfo(Struct, frozen=True, kw_only=True):
     layout: str
 
 
+class ProcessMark(Struct, frozen=True, kw_only=True):
+    """Tells one process from all others that ever ran; by it others on the same host can see whether it is gone."""
+
+    boot_id: str
+    """Drawn anew by the kernel at every start of the host."""
+    pid_namespace: int
+    pid: int
+    started_ticks: int
+    """When the process started, by its host's clock."""
+
+
 class Hello(Struct, frozen=True, tag=True, kw_only=True):
     """First message of a decode worker to a prefill worker: who it is, and where its pages are."""
 
     peer: str
+    process: ProcessMark
     protocol: int
     agent_metadata: bytes
     pool: PoolInfo
     weight_version: str
+
+
+class Heartbeat(Struct, frozen=True, tag=True):
+    """The decode worker is alive, and still wants these rooms: it has asked for their KV, or will when there is a seat.
+
+    Renews their leases; answered by `HeartbeatReply`.
+    """
+
+    rooms: list[int]
 
 
 class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
@@ -379,6 +409,8 @@ class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
     Sent before or after the prefill leg itself arrives. The pages before `first_page` come with another sample's room.
     """
 
+    to: str
+    """The peer that may write: another one at its address, after a restart, does nothing."""
     room: int
     generation: int
     first_page: int = 0
@@ -388,16 +420,18 @@ class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
 
 
 class KvAbort(Struct, frozen=True, tag=True):
-    """Stop writing for this room; answered by `KvClosed` once no posted write is left.
+    """Stop writing for this room; answered by `KvClosed` once no posted write is left. Sent until it is.
 
     Generation 0 comes from a worker that never asked for the room: it wants no answer.
     """
 
+    to: str
+    """The peer that was asked: the word of another one at its address would prove nothing."""
     room: int
     generation: int
 
 
-DecodeToPrefill = Hello | KvRequest | KvAbort
+DecodeToPrefill = Hello | Heartbeat | KvRequest | KvAbort
 
 
 # ------------------------------------------------------------------------------------------------ prefill -> decode
@@ -407,7 +441,16 @@ class HelloReply(Struct, frozen=True, tag=True, kw_only=True):
     """The prefill worker's answer to `Hello`; `refusal` says why the two cannot be a pair."""
 
     peer: str
+    process: ProcessMark
     refusal: str | None = None
+
+
+class HeartbeatReply(Struct, frozen=True, tag=True):
+    """The prefill worker is alive; also what it says to a message that was meant for somebody else."""
+
+    peer: str
+    is_paired: bool
+    """Whether it has a handshake with the worker that it answers."""
 
 
 class FirstToken(Struct, frozen=True, kw_only=True):
@@ -434,13 +477,14 @@ class KvDone(Struct, frozen=True, tag=True, kw_only=True):
 class KvClosed(Struct, frozen=True, tag=True, kw_only=True):
     """No write of this room is left or will come; the pages are the receiver's again.
 
-    `error` says why the room was closed; None answers an abort of a room that was not open to this peer.
+    `error` says why the room was closed, and `leg` on whose side; None answers an abort of a room that was not open to this peer.
     """
 
     room: int
     generation: int
     error: str | None = None
     stage: str | None = None
+    leg: Leg = "prefill"
 
 
-PrefillToDecode = HelloReply | KvDone | KvClosed
+PrefillToDecode = HelloReply | HeartbeatReply | KvDone | KvClosed

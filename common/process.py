@@ -4,6 +4,8 @@ Entry: `run_main` is the whole of each `__main__.py`; a UsageError becomes one l
 `spawn` started is killed by the kernel when its parent is gone, however that went, so nothing outlives its launcher.
 Each child is a session of its own: Ctrl-C in a terminal reaches the launcher alone, which stops the rest in order.
 
+A process can also be told from all others that ever ran (`own_mark`), and proven to be gone (`is_gone`).
+
 It knows no role and no HTTP. Neighbours: `deploy.stack` starts workers and router with it, a worker its engine.
 """
 
@@ -18,9 +20,12 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from common.errors import UsageError
+from common.messages import ProcessMark
 
 PARENT_PID_VARIABLE = "TANDEM_PARENT_PID"
 EXIT_USAGE = 2
@@ -64,6 +69,50 @@ def die_with_parent() -> None:
     # A parent that died before the call above sends no signal any more; by now we have been given to another process.
     if os.getppid() != int(parent_pid):
         sys.exit(1)
+
+
+# ------------------------------------------------------------------------------------------------ who is alive
+
+
+def own_mark() -> ProcessMark:
+    """The mark of this process (Linux)."""
+    started = _start_of(os.getpid())
+    assert started is not None, "this process is running"
+    return ProcessMark(boot_id=_boot_id(), pid_namespace=_pid_namespace(), pid=os.getpid(), started_ticks=started)
+
+
+def is_gone(mark: ProcessMark) -> bool:
+    """Whether a process is proven to have ended: True only for one of this host that no longer runs.
+
+    A stopped process still runs. Of a process elsewhere nothing can be said, so it is never proven to be gone.
+    """
+    if (mark.boot_id, mark.pid_namespace) != (_boot_id(), _pid_namespace()):
+        return False
+    return _start_of(mark.pid) != mark.started_ticks
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started, in the host's ticks; None if there is none, or only what is left of one that has ended."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        # The second field, the name, may hold anything, spaces and brackets too.
+        state, *fields = stat[stat.rindex(")") + 2 :].split()
+        # A zombie whose other threads still run has not let go of its memory.
+        if state in "ZX" and len(os.listdir(f"/proc/{pid}/task")) <= 1:
+            return None
+    except (OSError, ValueError):
+        return None
+    return int(fields[18])
+
+
+@cache
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@cache
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 # ------------------------------------------------------------------------------------------------ children

@@ -4,10 +4,12 @@
     ControlDialer  <-> ControlListener     decode engines and prefill engines, over TCP
 
 Sends never block and never wait for a peer. A message that does not decode is dropped and counted, never raised: it came from
-outside. It knows no role.
+outside. Control connections are encrypted and admitted by a shared secret, if there is one (CurveZMQ). It knows no role.
 """
 
 import contextlib
+import hashlib
+import ipaddress
 import logging
 import os
 import time
@@ -17,6 +19,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 import zmq
 import zmq.asyncio
+import zmq.utils.monitor
+import zmq.utils.z85
 
 from common.errors import TransferError, UsageError
 from common.messages import EngineToFrontend, FrontendToEngine
@@ -28,6 +32,10 @@ Outbound = TypeVar("Outbound")
 Frame = bytes | memoryview
 
 _COPY_BELOW_BYTES = 65536
+_MAX_CONTROL_BYTES = 16 * 2**20
+"""Largest control message: the pages of a prompt of millions of tokens. Who sends a larger one is cut off."""
+_CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
+_LOST = zmq.EVENT_DISCONNECTED
 
 
 class Waker:
@@ -176,10 +184,13 @@ class _ControlLink(_Waiting, Generic[Inbound, Outbound]):
 class ControlListener(_ControlLink[Inbound, Outbound]):
     """The prefill worker's end: many decode workers, known by the ids that they connect with."""
 
-    def __init__(self, host: str, port: int, inbound: Any) -> None:
+    def __init__(self, host: str, port: int, inbound: Any, *, secret: bytes = b"") -> None:
         super().__init__(inbound)
-        self._socket = _open(self._context, zmq.ROUTER)
+        self._socket = _open(self._context, zmq.ROUTER, max_bytes=_MAX_CONTROL_BYTES)
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        if secret:
+            self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, _listener_key(secret))
         try:
             self._socket.bind(f"tcp://{address(host, port)}")
         except zmq.ZMQError as error:
@@ -200,26 +211,57 @@ class ControlListener(_ControlLink[Inbound, Outbound]):
 
 
 class ControlDialer(_ControlLink[Inbound, Outbound]):
-    """The decode worker's end: dials each prefill worker, `host:port`, when it is first sent something."""
+    """The decode worker's end: dials prefill workers, `host:port`, and keeps the connections up until it is told to forget."""
 
-    def __init__(self, peer_id: str, inbound: Any) -> None:
+    def __init__(self, peer_id: str, inbound: Any, *, secret: bytes = b"") -> None:
         super().__init__(inbound)
         self._peer_id = peer_id
+        self._secret = secret
         self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        self._monitors: dict[str, zmq.Socket[bytes]] = {}
+
+    def dial(self, peer: str) -> None:
+        """Connect, and connect again whenever the connection is lost.
+
+        Raises TransferError if `peer` is no address, or one beyond this host without a secret: whoever is there would learn
+        how to write into this worker's pages.
+        """
+        if not self._secret and not is_loopback(peer.rpartition(":")[0].strip("[]")):
+            raise TransferError(
+                f"{peer!r} is no address of a prefill worker on this host; --secret-file is required beyond"
+            )
+        socket = _open(self._context, zmq.DEALER, max_bytes=_MAX_CONTROL_BYTES)
+        socket.setsockopt(zmq.ROUTING_ID, self._peer_id.encode())
+        # What is meant for a process must not wait for the next one at its address.
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        if self._secret:
+            public, private = zmq.curve_keypair()
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+            socket.setsockopt(zmq.CURVE_SECRETKEY, private)
+            socket.setsockopt(zmq.CURVE_SERVERKEY, zmq.curve_public(_listener_key(self._secret)))
+        monitor = socket.get_monitor_socket(_CONNECTED | _LOST)
+        try:
+            socket.connect(f"tcp://{peer}")
+        except zmq.ZMQError as error:
+            socket.disable_monitor()
+            socket.close()
+            raise TransferError(f"{peer!r} is no address of a prefill worker: {error.strerror}") from error
+        self._poller.register(socket, zmq.POLLIN)
+        self._poller.register(monitor, zmq.POLLIN)
+        self._sockets[peer], self._monitors[peer] = socket, monitor
+
+    def forget(self, peer: str) -> None:
+        """Close the connection to a peer that was dialed."""
+        socket, monitor = self._sockets.pop(peer), self._monitors.pop(peer)
+        self._poller.unregister(monitor)
+        self._poller.unregister(socket)
+        socket.disable_monitor()
+        socket.close()
 
     def send(self, peer: str, message: Outbound) -> None:
-        """Queue a message; it is sent when the peer can be reached. Raises TransferError if `peer` is no address."""
-        if peer not in self._sockets:
-            socket = _open(self._context, zmq.DEALER)
-            socket.setsockopt(zmq.ROUTING_ID, self._peer_id.encode())
-            try:
-                socket.connect(f"tcp://{peer}")
-            except zmq.ZMQError as error:
-                socket.close()
-                raise TransferError(f"{peer!r} is no address of a prefill worker: {error.strerror}") from error
-            self._poller.register(socket, zmq.POLLIN)
-            self._sockets[peer] = socket
-        self._sockets[peer].send(self._codec.encode(message))
+        """Queue a message to a peer that was dialed; it is lost while there is no connection."""
+        with contextlib.suppress(zmq.Again):
+            self._sockets[peer].send(self._codec.encode(message), zmq.NOBLOCK)
 
     def receive(self) -> list[tuple[str, Inbound]]:
         """All messages that are here, with the addresses of their senders."""
@@ -230,14 +272,39 @@ class ControlDialer(_ControlLink[Inbound, Outbound]):
             if (message := self._codec.decode(frame)) is not None
         ]
 
+    def changes(self) -> list[tuple[str, bool]]:
+        """Connections that were made (True) or lost (False) since the last call, in order."""
+        return [
+            (peer, zmq.utils.monitor.parse_monitor_message(event)["event"] == _CONNECTED)
+            for peer, monitor in self._monitors.items()
+            for event in _receive_all(monitor)
+        ]
+
+
+def _listener_key(secret: bytes) -> bytes:
+    """Derive the listener's secret key from the shared secret.
+
+    Its public half is never sent, and a client that does not know it gets no further than its first message.
+    """
+    return zmq.utils.z85.encode(hashlib.blake2b(secret, digest_size=32, person=b"tandem-control").digest())
+
 
 def address(host: str, port: int) -> str:
     """Write `host:port`, the host in brackets if it is an IPv6 address."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _open(context: "zmq.Context[Any]", kind: int) -> Any:
+def is_loopback(host: str) -> bool:
+    """Whether only this host's processes can be at an address; of names this is known of `localhost` alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _open(context: "zmq.Context[Any]", kind: int, *, max_bytes: int = -1) -> Any:
     socket = context.socket(kind)
+    socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     socket.setsockopt(zmq.SNDHWM, 0)  # control messages are small; blocking or losing one would be worse
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.LINGER, 100)

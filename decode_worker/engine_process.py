@@ -13,6 +13,7 @@ from common.wire import ControlDialer, EngineChannel
 from decode_worker.process import read_config
 from decode_worker.worker import DecodeWorker
 from transfer.agent import NixlAgent
+from transfer.config import read_secret
 from transfer.endpoint import Mailbox, TransferThread
 from transfer.receiver import Receiver
 
@@ -25,7 +26,9 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
     channel = EngineChannel(endpoint)
     engine = build_engine(config.model, config.engine, chunked_prefill_tokens=0, parts=parts)
     peer_id, pool = new_peer_id("decode"), engine.kv_pool.info()
-    link: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(peer_id, PrefillToDecode)
+    link: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(
+        peer_id, PrefillToDecode, secret=read_secret(config.transfer)
+    )
     receiver = Receiver(
         NixlAgent(peer_id, pool),
         link,
@@ -49,6 +52,7 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         worker,
         TransferThread(receiver, channel.wake),
         overlap=config.engine.overlap,
+        watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
     )
 

@@ -12,9 +12,10 @@ from common.engine.collector import RowCollector, Rows
 from common.engine.engine import Engine
 from common.engine.loop import Reply
 from common.engine.step import Sampled
-from common.errors import RowsError
+from common.errors import RequestFailed, RowsError
 from common.messages import ErrorReport, Failed, Finished, FinishReason, Leg, StopAt, Tokens
 from common.scheduling.request import Request, RequestState
+from common.scheduling.step_plan import StepPlan
 from decode_worker.scheduler import DecodeScheduler, Siblings
 from decode_worker.swap import SwapSpace
 
@@ -99,9 +100,19 @@ class Generation:
 
     def finish_now(self, rid: str) -> None:
         """Answer each sample with what it has."""
-        reason = FinishReason(type="abort", message="aborted by request", cause="requested")
         for request in self._unanswered(rid):
-            self.finish(request, reason)
+            message = f"aborted by request {self._stage_of(request)}"
+            self.finish(request, FinishReason(type="abort", message=message, cause="requested"))
+
+    def _stage_of(self, request: Request) -> str:
+        """Say how far an unanswered sample is."""
+        match request.state:
+            case RequestState.QUEUED:
+                return "while queued"
+            case RequestState.RECEIVING:
+                return "in prefill" if self._leg is None else "in transfer"
+            case _:
+                return "in decode"
 
     def stop_at(self, message: StopAt) -> None:
         """Cut a sample's tokens off behind a stop string, and answer it."""
@@ -156,6 +167,16 @@ class Generation:
         self._reply(Failed(request.rid, error))
         for sample in list(unanswered):
             self.leave(sample)
+
+    def fail_step(self, plan: StepPlan, error: RequestFailed) -> None:
+        """Fail the samples of a step that has no results; those that had ended before are let go of."""
+        for entry in plan.entries:
+            request = entry.request
+            request.steps_in_flight -= 1
+            if request.state in (RequestState.RECEIVING, RequestState.RUNNING):
+                self.fail(request, ErrorReport.of(error, leg=self._leg, rid=request.rid))
+            else:
+                self.let_go(request)
 
     def leave(self, request: Request) -> None:
         """The sample has been answered, or nobody waits for an answer; it keeps only what is still in use."""

@@ -13,7 +13,7 @@ from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Sampled, StepResult
-from common.errors import RequestError
+from common.errors import RequestError, RequestFailed
 from common.memory.layout import num_pages_for
 from common.messages import (
     Abort,
@@ -34,7 +34,7 @@ from decode_worker.generation import Generation
 from decode_worker.scheduler import DecodeScheduler, Siblings
 from decode_worker.swap import SwapSpace
 from transfer.handshake import prompt_digest
-from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox
+from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 
 
 class DecodeWorker:
@@ -64,6 +64,8 @@ class DecodeWorker:
             engine, self._scheduler, self._swap_space, self._collector, reply, self, leg="decode"
         )
         self._rooms: dict[int, Request] = {}
+        self._newcomers: list[Siblings] = []
+        """Those that have not been told yet whether there is a seat for them."""
         self._arrived: dict[Request, KvArrived] = {}
         """Samples whose own KV is here, while that of the pages they share is not."""
         self._leaders: dict[Request, Request] = {}
@@ -98,6 +100,7 @@ class DecodeWorker:
             self._rooms[room] = request
         self._generation.open(siblings)
         self._scheduler.add(siblings)
+        self._newcomers.append(siblings)
 
     def _refusal(self, message: Generate, siblings: Siblings) -> RequestError | None:
         for room in siblings[0].rooms:
@@ -185,7 +188,17 @@ class DecodeWorker:
         """Fetch the KV of whoever can be seated, then plan a step for those that run."""
         for siblings in self._scheduler.admit():
             self._fetch(siblings)
+        for siblings in self._newcomers:
+            self._reserve(siblings)
+        self._newcomers.clear()
         return self._scheduler.plan()
+
+    def _reserve(self, siblings: Siblings) -> None:
+        """Have the prompt's KV kept for samples that wait for a seat."""
+        for request in siblings:
+            bootstrap = request.message.bootstrap
+            if bootstrap is not None and request.state is RequestState.QUEUED:
+                self._mailbox.submit(ReserveKv(bootstrap.rooms[request.index], _source_of(bootstrap)))
 
     def on_settled(self, result: StepResult) -> None:
         """Take each request's token; one that had ended before the step was known to be surplus loses it."""
@@ -198,6 +211,10 @@ class DecodeWorker:
             request.computed_tokens = entry.stop
             [sampled] = outcome.sampled
             self._generation.take_token(request, sampled)
+
+    def on_failed(self, plan: StepPlan, error: RequestFailed) -> None:
+        """Fail the samples that the step was for."""
+        self._generation.fail_step(plan, error)
 
     # -------------------------------------------------------------------------------------------- endings
 

@@ -24,7 +24,7 @@ from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import make_stats
 from common.engine.step import Outcome, Sampled, StepResult
-from common.errors import RequestError
+from common.errors import RequestError, RequestFailed
 from common.memory.layout import slots_of
 from common.memory.prefix_cache import PrefixCache
 from common.messages import (
@@ -167,6 +167,10 @@ class AggregatedWorker:
                     self._generation.take_token(request, sampled)
                 case _:
                     self._generation.let_go(request)
+
+    def on_failed(self, plan: StepPlan, error: RequestFailed) -> None:
+        """Fail the samples that the step was for."""
+        self._generation.fail_step(plan, error)
 
     def _take_chunk(self, entry: StepEntry, outcome: Outcome) -> None:
         prompt = entry.request

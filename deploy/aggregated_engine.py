@@ -36,6 +36,7 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         worker,
         NoTransfer(),
         overlap=config.engine.overlap,
+        watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
     )
 

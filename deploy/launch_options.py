@@ -35,7 +35,18 @@ class LaunchOptions(Struct, frozen=True, kw_only=True):
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the model runs; auto: GPUs if any")] = "auto"
     host: Annotated[str, option("address of the router; the workers listen on this machine only")] = WORKER_HOST
     port: Annotated[int, option("port that the router listens on", ge=1, le=65535)] = 8000
-    startup_deadline_s: Annotated[float, option("longest time until the first answer", unit="s", gt=0)] = 900.0
+    startup_deadline_s: Annotated[
+        float, option("longest time until the first answer, of the stack or of a restarted child", unit="s", gt=0)
+    ] = 900.0
+    restart: Annotated[bool, option("start a child again when it has ended by itself, or was killed as unhealthy")] = (
+        False
+    )
+    max_restarts: Annotated[
+        int, option("with --restart: more ends of one child within a minute of its running end the stack", ge=0)
+    ] = 10
+    fence_deadline_s: Annotated[
+        float, option("a child that has not answered /health with 200 for so long is killed", unit="s", gt=0)
+    ] = 60.0
 
 
 class LaunchConfig(Struct, frozen=True):

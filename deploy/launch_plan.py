@@ -25,7 +25,7 @@ STOP_MARGIN_S = 5.0
 
 
 class Command(Struct, frozen=True, kw_only=True):
-    """One child. `name` is unique in the plan; `url` is where it will answer."""
+    """One child. `name` is unique in the plan; `url` is where it will answer, `addresses` is all that it listens on."""
 
     name: str
     role: RoleName
@@ -33,6 +33,7 @@ class Command(Struct, frozen=True, kw_only=True):
     arguments: list[str]
     environment: dict[str, str]
     url: str
+    addresses: list[tuple[str, int]]
     stop_deadline_s: float
 
 
@@ -40,12 +41,10 @@ class LaunchPlan(Struct, frozen=True, kw_only=True):
     """All children in the order of their start, and where the stack will answer. `notes` is for the log."""
 
     commands: list[Command]
-    host: str
-    port: int
+    launch: LaunchOptions
     url: str
     api_key: str
     """What the router asks its clients for; empty if nothing."""
-    startup_deadline_s: float
     notes: list[str]
 
 
@@ -83,25 +82,26 @@ def plan_launch(
         url = f"http://{WORKER_HOST}:{http_ports[index]}"
         flags = [f"--model={launch.model}", f"--device={launch.device}"]
         flags += [f"--host={WORKER_HOST}", f"--port={http_ports[index]}"]
+        addresses = [(WORKER_HOST, http_ports[index])]
         if role == "prefill":
             flags.append(f"--bootstrap-port={bootstrap_ports[index]}")
+            addresses.append((WORKER_HOST, bootstrap_ports[index]))
             to_router += ["--prefill", url, str(bootstrap_ports[index])]
         else:
             to_router += ["--decode" if role == "decode" else "--worker", url]
-        commands.append(_command(name, role, roles[role], flags + passed[role], url, placements[index]))
+        commands.append(_command(name, role, roles[role], flags + passed[role], url, addresses, placements[index]))
     worker_key = _value_of(_parsed(commands[0].name, roles[workers[0]], commands[0].arguments), "api_key")
     if worker_key:
         to_router.append(f"--worker-api-key={worker_key}")
     url = f"http://{_as_url_host(WORKER_HOST if launch.host in ('0.0.0.0', '::') else launch.host)}:{launch.port}"
-    router = _command("router", "router", roles["router"], to_router + passed["router"], url, _ANYWHERE)
+    addresses = [(launch.host, launch.port)]
+    router = _command("router", "router", roles["router"], to_router + passed["router"], url, addresses, _ANYWHERE)
     commands.append(router)
     return LaunchPlan(
         api_key=str(_value_of(_parsed("router", roles["router"], router.arguments), "api_key") or ""),
         commands=commands,
-        host=launch.host,
-        port=launch.port,
+        launch=launch,
         url=url,
-        startup_deadline_s=launch.startup_deadline_s,
         notes=notes,
     )
 
@@ -168,7 +168,15 @@ def _place(
     raise UsageError(f"--device {launch.device}: {num_workers} workers need as many GPUs, this machine has {len(gpus)}")
 
 
-def _command(name: str, role_name: RoleName, role: Role, flags: list[str], url: str, placement: _Placement) -> Command:
+def _command(
+    name: str,
+    role_name: RoleName,
+    role: Role,
+    flags: list[str],
+    url: str,
+    addresses: list[tuple[str, int]],
+    placement: _Placement,
+) -> Command:
     config = _parsed(name, role, flags)
     fraction = _value_of(config, "memory_fraction")
     if placement.sharers > 1 and isinstance(fraction, float):
@@ -183,6 +191,7 @@ def _command(name: str, role_name: RoleName, role: Role, flags: list[str], url: 
         arguments=flags,
         environment={} if placement.gpu is None else {"CUDA_VISIBLE_DEVICES": placement.gpu},
         url=url,
+        addresses=addresses,
         stop_deadline_s=STOP_MARGIN_S
         + (stop_deadline_s if isinstance(stop_deadline_s, float) else DEFAULT_STOP_DEADLINE_S),
     )

@@ -2,114 +2,148 @@
 
 Three ways in: `python -m deploy.up` (the command), `async with make_stack(...)` (in an event loop), and
 `with running_stack(...)` (everywhere else: tests, the demo, the benchmark). A child that ends before it was told to is
-an error that names it.
+an error that names it, or with `--restart` is started again; the other children are not touched.
 
 It knows no option of any role: `deploy.launch_plan` has decided them all. The children are told apart by name, for
-example `prefill-0`, `decode-0`, `router`.
+example `prefill-0`, `decode-0`, `router`. Neighbours: `deploy.child` (one of them), `deploy.up` (signals and exit codes).
 """
 
 import asyncio
 import contextlib
 import logging
-import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import aiohttp
 
-from common.errors import TandemError
-from common.process import ensure_port_free, free_port, spawn_async, stop_process_async
+from common.process import ensure_port_free, free_port
 from common.server.http import bearer
+from deploy.child import POLL_S, Child
+from deploy.events import ChildError, ChildFenced, StackError, StackEvent
 from deploy.launch_options import RoleName, Roles
-from deploy.launch_plan import Command, LaunchPlan, plan_launch
+from deploy.launch_plan import LaunchPlan, plan_launch
+from deploy.process_tree import children_of
 from deploy.roles import tandem_roles
+
+__all__ = ["ChildError", "ChildFenced", "Stack", "StackError", "StackEvent", "make_stack", "running_stack"]
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.1
-PROBE_DEADLINE_S = 30.0
-STDERR = 2
+FIRST_REQUEST_DEADLINE_S = 30.0
 
 # Nobody may write into a decode worker's pages once it is gone, so its writers go first; the router before both.
 STOP_ORDER: tuple[RoleName, ...] = ("router", "prefill", "decode", "aggregated")
 
 
-class StackError(TandemError):
-    """The stack could not start, or could not go on."""
-
-
-class ChildError(StackError):
-    """A child ended by itself. `returncode` is negative for a signal."""
-
-    def __init__(self, name: str, returncode: int) -> None:
-        how = (
-            f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"exited with code {returncode}"
-        )
-        super().__init__(f"{name} {how}")
-        self.name = name
-        self.returncode = returncode
-
-
 class Stack:
     """The children of one plan. `start` returns once a real request has gone through; `stop` is always safe to call.
 
-    The children's output, stdout too, goes to this process's stderr, or to the file `log_file` (appended).
+    The children's output, stdout too, goes to this process's stderr, or to the file `log_file` (appended). `events` is
+    what happened to them, oldest first.
     """
 
     def __init__(self, plan: LaunchPlan, *, log_file: Path | None = None) -> None:
         self.plan = plan
         self.url = plan.url
         self.log_file = log_file
-        self._children: dict[str, asyncio.subprocess.Process] = {}
-        self._ends: dict[str, asyncio.Task[int]] = {}
-        self._waiting_for = "the children's start"
+        self.events: list[StackEvent] = []
+        self._is_ready = asyncio.Event()
+        self._children = {
+            command.name: Child(command, plan.launch, log_file=log_file, events=self.events, may_fence=self._is_ready)
+            for command in plan.commands
+        }
+        self._lives: dict[str, asyncio.Task[NoReturn]] = {}
+
+    # -------------------------------------------------------------------------------------------- the children
+
+    def names(self, role: RoleName) -> list[str]:
+        """The names of the children that have this role."""
+        return [command.name for command in self.plan.commands if command.role == role]
 
     def pid(self, name: str) -> int:
-        """The process id of the child `name`, for tests that kill or stop one."""
-        return self._children[name].pid
+        """The process id of the child `name`, for whoever kills or stops it: the latest one. Raises StackError if none."""
+        process = self._children[name].process
+        if process is None:
+            raise StackError(f"{name} has not been started")
+        return process.pid
+
+    def engine_pid(self, name: str) -> int:
+        """The process id of the engine below the worker `name`. Raises StackError if there is none."""
+        pids = children_of(self.pid(name))
+        if not pids:
+            raise StackError(f"{name} has no engine process")
+        return pids[0]
+
+    def num_starts(self, name: str) -> int:
+        """How often the child `name` has been started."""
+        return self._children[name].num_starts
+
+    async def wait_started(self, name: str, num_starts: int, deadline_s: float | None = None) -> None:
+        """Wait until the child has been started so often and has answered /health with 200, in any event loop.
+
+        Raises StackError past the deadline, by default that of a start, and ChildError if the child is not started again.
+        """
+        if deadline_s is None:
+            deadline_s = self.plan.launch.startup_deadline_s
+        child = self._children[name]
+        try:
+            async with asyncio.timeout(deadline_s):
+                # The stack may live in another thread's event loop (`running_stack`), so nothing can be awaited.
+                while child.num_starts < num_starts or not child.is_ready:
+                    if self._lives[name].done():
+                        self._lives[name].result()
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError as error:
+            seen = f"{child.num_starts} starts, last answer of /health: {child.last_answer}"
+            raise StackError(f"{name}: no start number {num_starts} within {deadline_s:g} s; {seen}") from error
 
     def read_log(self) -> str:
         """What the children have written so far; only with a log file."""
         assert self.log_file is not None, "this stack's children write to stderr"
         return self.log_file.read_text(errors="replace")
 
+    # -------------------------------------------------------------------------------------------- its life
+
     async def start(self) -> None:
         """Start all children and wait for the first answer.
 
-        Raises ChildError if one ends meanwhile, StackError past the deadline; the caller calls `stop` in any case.
+        Raises ChildError if one ends for good meanwhile, StackError past the deadline; the caller calls `stop` in any case.
         """
-        ensure_port_free(self.plan.host, self.plan.port)
+        ensure_port_free(self.plan.launch.host, self.plan.launch.port)
         for note in self.plan.notes:
             log.info("%s", note)
-        for command in self.plan.commands:
-            await self._start_child(command)
+        self._lives = {name: asyncio.create_task(child.live()) for name, child in self._children.items()}
         ready = asyncio.create_task(self._become_ready())
         try:
-            done, _ = await asyncio.wait({ready, *self._ends.values()}, return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait({ready, *self._lives.values()}, return_when=asyncio.FIRST_COMPLETED)
             if ready not in done:
                 await self.wait()
             ready.result()
         finally:
             ready.cancel()
+        self._is_ready.set()
 
     async def wait(self) -> NoReturn:
-        """Wait until a child ends by itself, and raise ChildError for it."""
-        await asyncio.wait(self._ends.values(), return_when=asyncio.FIRST_COMPLETED)
-        name, end = next((name, end) for name, end in self._ends.items() if end.done())
-        raise ChildError(name, end.result())
+        """Wait until a child has ended for good, and raise ChildError for it."""
+        await asyncio.wait(self._lives.values(), return_when=asyncio.FIRST_COMPLETED)
+        next(life for life in self._lives.values() if life.done()).result()
+        raise AssertionError("a child's life ends with an error")
 
     async def stop(self) -> None:
-        """Stop every child in order, killing those that take longer than their deadline."""
+        """Stop every child in order, killing those that take longer than their deadline. None is started any more."""
+        for life in self._lives.values():
+            life.cancel()
+        await asyncio.gather(*self._lives.values(), return_exceptions=True)
         for role in STOP_ORDER:
-            await asyncio.gather(*(self._stop_child(each) for each in self.plan.commands if each.role == role))
+            await asyncio.gather(*(self._children[name].stop() for name in self.names(role)))
 
     def kill(self) -> None:
         """End every child at once; a `stop` that is under way then returns."""
         for child in self._children.values():
-            with contextlib.suppress(ProcessLookupError):
-                child.kill()
+            child.kill()
 
     async def __aenter__(self) -> "Stack":
         try:
@@ -124,52 +158,33 @@ class Stack:
     ) -> None:
         await self.stop()
 
-    async def _start_child(self, command: Command) -> None:
-        with contextlib.ExitStack() as files:
-            output = files.enter_context(self.log_file.open("ab")) if self.log_file else STDERR
-            child = await spawn_async(
-                command.module, command.arguments, environment=command.environment, stdout=output, stderr=output
-            )
-        self._children[command.name] = child
-        self._ends[command.name] = asyncio.create_task(child.wait())
-        log.info("started %s, pid %d, %s", command.name, child.pid, command.url)
-
-    async def _stop_child(self, command: Command) -> None:
-        child = self._children.get(command.name)
-        if child is None or child.returncode is not None:
-            return
-        returncode = await stop_process_async(child, command.stop_deadline_s)
-        if returncode == 0:
-            log.info("stopped %s", command.name)
-        else:
-            log.warning("%s, when told to stop", ChildError(command.name, returncode))
-
     async def _become_ready(self) -> None:
-        timeout = aiohttp.ClientTimeout(total=min(PROBE_DEADLINE_S, self.plan.startup_deadline_s))
+        deadline_s = self.plan.launch.startup_deadline_s
+        waiting_for = ""
         try:
-            async with (
-                asyncio.timeout(self.plan.startup_deadline_s),
-                aiohttp.ClientSession(timeout=timeout, headers=bearer(self.plan.api_key)) as session,
-            ):
-                for command in self.plan.commands:
-                    await self._answer_of(session, f"{command.name}'s /health", f"{command.url}/health")
-                await self._answer_of(session, "the router's /health_generate", f"{self.url}/health_generate")
+            async with asyncio.timeout(deadline_s):
+                for child in self._children.values():
+                    while not child.is_ready:
+                        waiting_for = f"{child.command.name}'s /health: {child.last_answer}"
+                        await asyncio.sleep(POLL_S)
+                waiting_for = "the router's /health_generate"
+                timeout = aiohttp.ClientTimeout(total=min(FIRST_REQUEST_DEADLINE_S, deadline_s))
+                headers = bearer(self.plan.api_key)
+                async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
+                    while answer := await self._first_request(session):
+                        waiting_for = f"the router's /health_generate: {answer}"
+                        await asyncio.sleep(POLL_S)
         except TimeoutError as error:
-            passed = f"{self.plan.startup_deadline_s:g} s have passed"
-            raise StackError(f"not ready: {passed}, still waiting for {self._waiting_for}") from error
+            raise StackError(f"not ready: {deadline_s:g} s have passed, still waiting for {waiting_for}") from error
 
-    async def _answer_of(self, session: aiohttp.ClientSession, what: str, url: str) -> None:
-        """Ask until the answer is 200; the last other answer is kept for the error message."""
-        self._waiting_for = what
-        while True:
-            try:
-                async with session.get(url) as response:
-                    if response.status == 200:
-                        return
-                    self._waiting_for = f"{what}: {response.status} {(await response.text())[:300]}"
-            except (aiohttp.ClientError, TimeoutError) as error:
-                self._waiting_for = f"{what}: {type(error).__name__}"
-            await asyncio.sleep(POLL_S)
+    async def _first_request(self, session: aiohttp.ClientSession) -> str:
+        """Send a real request; returns what is wrong with its answer, "" for nothing."""
+        try:
+            async with session.get(f"{self.url}/health_generate") as response:
+                text = await response.text(errors="replace")
+        except (aiohttp.ClientError, OSError) as error:
+            return type(error).__name__
+        return "" if response.status == 200 else f"{response.status} {text[:300]}"
 
 
 def make_stack(flags: list[str], *, roles: Roles | None = None, log_file: Path | None = None) -> Stack:
@@ -182,15 +197,31 @@ def make_stack(flags: list[str], *, roles: Roles | None = None, log_file: Path |
 
 @contextlib.contextmanager
 def running_stack(flags: list[str], *, roles: Roles | None = None, log_file: Path | None = None) -> Iterator[Stack]:
-    """Run a stack outside of any event loop.
+    """Run a stack outside of any event loop, watched by a thread of its own.
 
-    Raises UsageError, ChildError or StackError if it does not start. Call it from the main thread: the children die
-    with the thread that started them.
+    Raises UsageError, ChildError or StackError if it does not start.
     """
     stack = make_stack(flags, roles=roles, log_file=log_file)
-    with asyncio.Runner() as runner:
+    loop = asyncio.new_event_loop()
+    # The children die with the thread that started them: with this one.
+    thread = threading.Thread(target=loop.run_forever, name="stack", daemon=True)
+    thread.start()
+
+    def run(coroutine: Coroutine[None, None, None]) -> None:
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
         try:
-            runner.run(stack.start())
+            future.result()
+        finally:
+            # An interrupted start must not go on under the stop.
+            future.cancel()
+
+    try:
+        try:
+            run(stack.start())
             yield stack
         finally:
-            runner.run(stack.stop())
+            run(stack.stop())
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

@@ -4,7 +4,8 @@ With `--aggregated` there is one worker behind the router, which does the work o
 
 Prints one line on stdout, `ready URL`, once a real request has gone through; everything else is on stderr. SIGINT or
 SIGTERM stops all children in order (a second one kills them) and the exit code is 0. A child that ends by itself takes
-the others with it: exit code 1, or 2 if the child's complaint was about its options.
+the others with it: exit code 1, or 2 if the child's complaint was about its options. A child that does not answer its
+health check for too long is killed. With `--restart` a child that has ended is started again, and the others go on.
 
 It knows signals and exit codes. Neighbours: `deploy.launch_plan` (what to start), `deploy.stack` (the children).
 """

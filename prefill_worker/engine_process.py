@@ -13,6 +13,7 @@ from common.wire import ControlListener, EngineChannel
 from prefill_worker.process import read_config
 from prefill_worker.worker import PrefillWorker
 from transfer.agent import NixlAgent
+from transfer.config import read_secret
 from transfer.endpoint import Mailbox, TransferThread
 from transfer.sender import Sender
 
@@ -22,8 +23,12 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
     endpoint, *flags = argv
     config = read_config(flags)
     configure_logging("prefill/engine", config.server.log_level)
+    host = config.prefill.bootstrap_host
     link: ControlListener[DecodeToPrefill, PrefillToDecode] = ControlListener(
-        config.prefill.bootstrap_host, config.prefill.bootstrap_port, DecodeToPrefill
+        host,
+        config.prefill.bootstrap_port,
+        DecodeToPrefill,
+        secret=read_secret(config.transfer, listens_on=host),
     )
     channel = EngineChannel(endpoint)
     engine = build_engine(
@@ -54,6 +59,7 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         worker,
         TransferThread(sender, channel.wake),
         overlap=config.engine.overlap,
+        watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
     )
 

@@ -14,7 +14,7 @@ from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Sampled, StepResult
-from common.errors import LegFailed, RequestError, RowsError
+from common.errors import LegFailed, RequestError, RequestFailed, RowsError
 from common.memory.prefix_cache import PrefixCache
 from common.messages import (
     Abort,
@@ -120,7 +120,7 @@ class PrefillWorker:
     def _on_room_closed(self, event: RoomClosed) -> None:
         request = self._rooms.pop(event.room)
         if request.state in (RequestState.QUEUED, RequestState.RUNNING):
-            error = LegFailed(event.error or "the room closed early", leg="prefill", stage="transfer")
+            error = LegFailed(event.error or "the room closed early", leg=event.leg, stage="transfer")
             self._fail(request, error)
         elif request.state is RequestState.LEASED:
             self._let_go(request)
@@ -145,6 +145,15 @@ class PrefillWorker:
             self._report_pages(entry)
             if entry.stop == request.num_prompt_tokens:
                 self._finish(request, outcome.sampled)
+
+    def on_failed(self, plan: StepPlan, error: RequestFailed) -> None:
+        """Fail the prompts that the step was for; those that had ended before are let go of."""
+        for entry in plan.entries:
+            entry.request.steps_in_flight -= 1
+            if entry.request.state is RequestState.RUNNING:
+                self._fail(entry.request, error)
+            else:
+                self._let_go(entry.request)
 
     def _report_pages(self, entry: StepEntry) -> None:
         request, page_size = entry.request, self._engine.capacity.page_size
@@ -198,7 +207,9 @@ class PrefillWorker:
 
     def _finish_early(self, request: Request) -> None:
         """Somebody asked for the end before the prompt was done: there is no token, and no complete rows."""
-        reason = FinishReason(type="abort", message="aborted by request", cause="requested")
+        where = "while queued" if request.state is RequestState.QUEUED else "in prefill"
+        message = f"aborted by request {where}"
+        reason = FinishReason(type="abort", message=message, cause="requested")
         finished = Finished(
             rid=request.rid,
             prompt_tokens=request.num_prompt_tokens,
@@ -208,7 +219,7 @@ class PrefillWorker:
             finish_reason=reason,
         )
         self._reply(finished)
-        self._give_up(request, "aborted by request")
+        self._give_up(request, message)
 
     def _fail(self, request: Request, error: Exception) -> None:
         self._reply(Failed(request.rid, ErrorReport.of(error, leg="prefill", stage="prefill", rid=request.rid)))

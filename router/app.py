@@ -1,47 +1,71 @@
 """The router's application: its parts put together, and a route for each thing that it can be asked.
 
 Neighbours: `generate_api` and `openai_api` (the routes that generate), `intake` (what those share), `control` (the other
-routes), `process` (runs this).
+routes), `health` (runs beside them), `process` (runs this).
 """
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Final
 
 from aiohttp import web
 
 from common.server.admission import Admission
-from common.server.http import answer_errors, require_key
+from common.server.http import make_application
+from router.aborts import Aborts
+from router.alone import Alone
+from router.attempts import Attempts
 from router.config import RouterConfig
 from router.control import Control
+from router.drain import Drain
 from router.generate_api import GenerateApi
+from router.health import HealthChecks
 from router.intake import Intake
-from router.legs import make_session
+from router.legs import Legs, make_session
 from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.openai_api import OpenAIApi
 from router.pair import Pairs
 from router.registry import Registry
 
+DRAIN: Final = web.AppKey("drain", Drain)
+"""Under this key an application has its orderly end."""
+
 
 async def create_app(config: RouterConfig) -> web.Application:
     """Make the router's application, for the running event loop. It closes its connections when it is cleaned up."""
-    session = make_session(
-        connect_deadline_s=config.router.connect_deadline_s, worker_api_key=config.router.worker_api_key
-    )
-    membership, registry = Membership(config.router), Registry()
+    options = config.router
+    session = make_session(connect_deadline_s=options.connect_deadline_s, worker_api_key=options.worker_api_key)
+    membership, registry, drain = Membership(options), Registry(), Drain()
     metrics = RouterMetrics(membership)
-    pairs = Pairs(session, membership, registry, metrics, verify_rows=config.router.verify_rows)
-    intake = Intake(config.server.request_deadline_s, metrics)
+    legs = Legs(session, max_reply_bytes=options.max_reply_bytes)
+    aborts = Aborts(session, deadline_s=options.control_deadline_s)
+    attempts = Attempts(
+        Pairs(legs, options),
+        Alone(legs, options),
+        membership,
+        registry,
+        aborts,
+        metrics,
+        max_retries=options.max_retries,
+    )
+    intake = Intake(config.server.request_deadline_s, metrics, drain)
     admission = Admission(config.server.max_open_requests)
-    generate, openai = GenerateApi(pairs, admission), OpenAIApi(pairs, admission)
+    generate, openai = GenerateApi(attempts, admission), OpenAIApi(attempts, admission)
 
-    async def close_session(_: web.Application) -> None:
+    async def run_beside(_: web.Application) -> AsyncIterator[None]:
+        checks = asyncio.create_task(HealthChecks(session, membership, options).run())
+        yield
+        checks.cancel()
+        await asyncio.wait([checks])
+        await aborts.close()
         await session.close()
 
-    app = web.Application(
-        client_max_size=config.server.max_body_bytes,
-        middlewares=[answer_errors(), require_key(config.server.api_key)],
-    )
-    app.on_cleanup.append(close_session)
+    app = make_application(config.server)
+    app[DRAIN] = drain
+    app.cleanup_ctx.append(run_beside)
     app.router.add_post("/generate", intake.handler(generate.generate))
     app.router.add_post("/v1/completions", intake.handler(openai.completions))
     app.router.add_post("/v1/chat/completions", intake.handler(openai.chat))
-    app.add_routes(Control(config, session, membership, registry, pairs, metrics).routes())
+    app.add_routes(Control(config, session, membership, registry, attempts, metrics, drain).routes())
     return app

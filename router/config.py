@@ -29,12 +29,43 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
     ] = ()
     policy: Annotated[PolicyName, option("how a prefill and a decode worker are picked")] = "least_loaded"
     verify_rows: Annotated[bool, option("check every routed-expert row once more after the merge")] = True
+    max_retries: Annotated[
+        int, option("how often a prompt is tried again if a leg fails before anything was sent to the client", ge=0)
+    ] = 2
+    breaker_failures: Annotated[
+        int, option("failures in a row after which a worker gets no legs for a while", unit="failures", ge=1)
+    ] = 5
+    breaker_pause_s: Annotated[float, option("how long that is, before one leg is tried", unit="s", gt=0)] = 5.0
+    health_interval_s: Annotated[float, option("pause between two health checks of a worker", unit="s", gt=0)] = 1.0
+    health_timeout_s: Annotated[float, option("longest time that a worker's /health may take", unit="s", gt=0)] = 2.0
+    unhealthy_after_s: Annotated[
+        float, option("silence of a worker's /health after which its legs fail, and no more are sent", unit="s", gt=0)
+    ] = 5.0
     connect_deadline_s: Annotated[float, option("longest time to connect to a worker", unit="s", gt=0)] = 5.0
+    prefill_deadline_s: Annotated[
+        float, option("longest time from a prefill leg's start to its reply", unit="s", gt=0)
+    ] = 600.0
+    first_token_deadline_s: Annotated[
+        float,
+        option(
+            "streams: longest time from the prefill leg's reply to the decode leg's first event, transfer included",
+            unit="s",
+            gt=0,
+        ),
+    ] = 900.0
+    idle_deadline_s: Annotated[
+        float, option("streams: longest time between two events of a worker", unit="s", gt=0)
+    ] = 300.0
+    max_reply_bytes: Annotated[
+        int, option("largest reply, or event of a stream, that a worker may send", unit="bytes", ge=1024)
+    ] = 2 * 2**30
     control_deadline_s: Annotated[
         float, option("longest time that a worker may take to flush its cache or abort", unit="s", gt=0)
     ] = 30.0
     worker_api_key: Annotated[str, option("the key that the workers ask for; empty: none")] = ""
-    health_deadline_s: Annotated[float, option("longest time that a health check may take", unit="s", gt=0)] = 30.0
+    health_deadline_s: Annotated[float, option("longest time that GET /health_generate may take", unit="s", gt=0)] = (
+        30.0
+    )
 
 
 class RouterConfig(Struct, frozen=True, kw_only=True):

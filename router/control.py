@@ -1,6 +1,6 @@
 """The routes that generate nothing: health, what the router and its workers say of themselves, orders to all, and metrics.
 
-Neighbours: `app` (adds these), `pair` (one real request for /health_generate), `membership` and `registry` (whom to tell).
+Neighbours: `app` (adds these), `attempts` (one real request for /health_generate), `membership` and `registry` (whom to tell).
 """
 
 import asyncio
@@ -18,14 +18,17 @@ from common.ids import new_rid
 from common.messages import RequestOptions, SamplingParams
 from common.protocol.fields import Fields, decode_object
 from common.protocol.generate import Sample
+from router.attempts import Attempts
 from router.config import RouterConfig
+from router.drain import Drain
+from router.legs import read_at_most
 from router.membership import Membership, Worker
 from router.metrics import RouterMetrics
-from router.pair import Pairs
 from router.registry import OpenSample, Registry
 
 # What `generate_latest` of prometheus_client writes.
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_ANSWER_BYTES = 2**24
 
 
 class WorkerAnswer(Struct, frozen=True):
@@ -58,15 +61,17 @@ class Control:
         session: aiohttp.ClientSession,
         membership: Membership,
         registry: Registry,
-        pairs: Pairs,
+        attempts: Attempts,
         metrics: RouterMetrics,
+        drain: Drain,
     ) -> None:
         self._config = config
         self._session = session
         self._membership = membership
         self._registry = registry
-        self._pairs = pairs
+        self._attempts = attempts
         self._metrics = metrics
+        self._drain = drain
 
     def routes(self) -> list[web.RouteDef]:
         """All routes of this class."""
@@ -88,16 +93,22 @@ class Control:
         ]
 
     async def health(self, _: web.Request) -> web.Response:
-        """Say that this process is up, and which workers are."""
-        answers = await self._ask_all("/health")
-        return web.json_response({"status": "ok", "workers": [answer.report() for answer in answers]})
+        """Say that this process is up, and which workers can take a request; 503 once it is about to stop.
+
+        Asks nobody: whoever watches this process must not take a slow worker's silence for its own.
+        """
+        if self._drain.is_draining:
+            return web.json_response({"status": "draining"}, status=503)
+        return web.json_response(
+            {"status": "ok", "workers": [_health_of(worker) for worker in self._membership.workers]}
+        )
 
     async def health_generate(self, _: web.Request) -> web.Response:
-        """Send one token through a pair, hand-over included; 200 if it came back."""
+        """Send one token through a pair, hand-over included; 200 if it came back. A failure is not tried again."""
         sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
         sample = Sample(rid=new_rid(), options=RequestOptions(sampling=sampling), input_ids=(0,))
         deadline = asyncio.get_running_loop().time() + self._config.router.health_deadline_s
-        await self._pairs.answer(sample, deadline=deadline)
+        await self._attempts.answer(sample, deadline=deadline, max_retries=0)
         return web.json_response({"status": "ok"})
 
     async def server_info(self, _: web.Request) -> web.Response:
@@ -159,7 +170,7 @@ class Control:
         return answer
 
     async def workers(self, _: web.Request) -> web.Response:
-        """List the workers and their outstanding requests."""
+        """List the workers: what each has to do, and whether it gets more."""
         return web.json_response(
             {
                 "workers": [
@@ -168,6 +179,9 @@ class Control:
                         "worker_type": worker.role,
                         "bootstrap_port": worker.bootstrap_port,
                         "outstanding_requests": worker.outstanding,
+                        "healthy": worker.unhealthy_reason is None,
+                        "reason": worker.unhealthy_reason,
+                        "breaker": worker.breaker.state.value,
                     }
                     for worker in self._membership.workers
                 ]
@@ -211,13 +225,17 @@ class Control:
         timeout = aiohttp.ClientTimeout(total=deadline_s)
         try:
             async with self._session.request(method, worker.url + path, json=body, timeout=timeout) as response:
-                answer = await response.read()
+                answer = await read_at_most(response.content, _MAX_ANSWER_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError):
             return WorkerAnswer(worker, None)
         try:
             return WorkerAnswer(worker, response.status, json.loads(answer))
         except ValueError:
             return WorkerAnswer(worker, response.status)
+
+
+def _health_of(worker: Worker) -> dict[str, object]:
+    return {"url": worker.url, "worker_type": worker.role, "status": worker.obstacle or "ok"}
 
 
 def _infos(answers: Sequence[WorkerAnswer]) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""POST /generate: parsed here, run by `pair`, one call a prompt, and answered whole or as a stream.
+"""POST /generate: parsed here, run by `attempts`, one call a prompt, and answered whole or as a stream.
 
 Neighbours: `replies` (what goes out), `streaming`, `intake` (counts the requests).
 """
@@ -12,8 +12,8 @@ from common.protocol.replies import wants_msgpack
 from common.server.admission import Admission
 from common.server.bodies import send_body
 from common.server.http import together
+from router.attempts import Attempts
 from router.intake import Times
-from router.pair import Pairs
 from router.replies import GenerateEvents, generate_body
 from router.streaming import send_stream
 
@@ -21,8 +21,8 @@ from router.streaming import send_stream
 class GenerateApi:
     """POST /generate."""
 
-    def __init__(self, pairs: Pairs, admission: Admission) -> None:
-        self._pairs = pairs
+    def __init__(self, attempts: Attempts, admission: Admission) -> None:
+        self._attempts = attempts
         self._admission = admission
 
     async def generate(self, request: web.Request, times: Times) -> tuple[web.StreamResponse, int]:
@@ -32,9 +32,10 @@ class GenerateApi:
         with self._admission.admit(call.num_answers):
             if call.stream:
                 writer = GenerateEvents(is_list=call.is_list)
-                return await send_stream(request, call.samples, self._pairs, writer, times)
+                return await send_stream(request, call.samples, self._attempts, writer, times)
             running = [
-                self._pairs.answer(sample, deadline=times.deadline, as_base64=not as_msgpack) for sample in call.samples
+                self._attempts.answer(sample, deadline=times.deadline, as_base64=not as_msgpack)
+                for sample in call.samples
             ]
             answers = await together(running)
             body = generate_body(

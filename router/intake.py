@@ -1,7 +1,7 @@
 """What every route that generates has alike: each request is counted, timed and has a deadline.
 
 It knows no body. The server must run with handler cancellation: a client that leaves cancels its handler, and thereby both
-legs of all its samples. Neighbours: `generate_api` and `openai_api` (their handlers run in here), `metrics`.
+legs of all its samples. Neighbours: `generate_api` and `openai_api` (their handlers run in here), `metrics`, `drain`.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler
 
 from common.errors import TandemError
 from common.messages import ErrorReport
+from router.drain import Drain
 from router.metrics import RouterMetrics
 
 CLIENT_GONE = 499
@@ -33,9 +34,10 @@ Respond = Callable[[web.Request, Times], Awaitable[tuple[web.StreamResponse, int
 class Intake:
     """Runs requests, and counts how they went."""
 
-    def __init__(self, deadline_s: float, metrics: RouterMetrics) -> None:
+    def __init__(self, deadline_s: float, metrics: RouterMetrics, drain: Drain) -> None:
         self._deadline_s = deadline_s
         self._metrics = metrics
+        self._drain = drain
 
     def handler(self, respond: Respond) -> Handler:
         """Make a route's handler."""
@@ -51,7 +53,8 @@ class Intake:
         status = 500
         self._metrics.running.inc()
         try:
-            response, status = await respond(request, Times(started, started + self._deadline_s))
+            with self._drain.entered():
+                response, status = await respond(request, Times(started, started + self._deadline_s))
         except TandemError as error:
             status = ErrorReport.of(error).status
             raise

@@ -1,27 +1,46 @@
-"""The workers that the router knows, and how many requests each has at the moment.
+"""The workers that the router knows, what is known of each, and the picking of one that can take a leg.
 
-It knows no HTTP and picks nobody. Neighbours: `policy` (picks among these), `pair` (counts its legs here).
+A worker can take one if it is healthy and its circuit breaker lets it through. It knows no HTTP. Neighbours: `policy` (which
+of several), `breaker`, `health` (says who is healthy), `leg_run` (the legs in flight), `attempts` (picks).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
+from typing import Protocol
 from urllib.parse import urlsplit
 
-from common.errors import NoHealthyPair
+from common.errors import LegFailed, NoHealthyPair, TandemError
 from common.messages import Leg, WorkerKind, leg_of
+from router.breaker import Breaker
 from router.config import RouterOptions
 from router.policy import make_policy
 
+_log = logging.getLogger(__name__)
 
-@dataclass(slots=True, eq=False)
+
+class InFlight(Protocol):
+    """A leg that a worker has not ended yet."""
+
+    def fail(self, error: TandemError) -> None:
+        """End it with this error."""
+
+
 class Worker:
     """One worker. `bootstrap_port` is where decode workers find a prefill worker; the others have none."""
 
-    url: str
-    role: WorkerKind
-    bootstrap_port: int | None = None
-    outstanding: int = 0
+    def __init__(self, url: str, role: WorkerKind, breaker: Breaker, bootstrap_port: int | None = None) -> None:
+        self.url = url
+        self.role: WorkerKind = role
+        self.breaker = breaker
+        self.bootstrap_port = bootstrap_port
+        self.in_flight: set[InFlight] = set()
+        self.unhealthy_reason: str | None = None
+        """Why it is unhealthy; None while it is not, or nobody knows yet."""
+
+    @property
+    def outstanding(self) -> int:
+        """How many legs it has at the moment."""
+        return len(self.in_flight)
 
     @property
     def host(self) -> str:
@@ -38,49 +57,73 @@ class Worker:
         """Name it in an error."""
         return f"{self.role} {'worker' if self.leg is None else 'leg'} on {self.url}"
 
-    @contextmanager
-    def busy(self) -> Iterator[None]:
-        """Count one request more, as long as it lasts."""
-        self.outstanding += 1
-        try:
-            yield
-        finally:
-            self.outstanding -= 1
+    @property
+    def obstacle(self) -> str | None:
+        """Why it can take no leg; None if it can."""
+        if self.unhealthy_reason is not None:
+            return self.unhealthy_reason
+        return None if self.breaker.lets_through else f"its circuit breaker is {self.breaker.state.value}"
+
+    def mark_healthy(self) -> None:
+        """Note that it is well."""
+        if self.unhealthy_reason is not None:
+            _log.info("the %s worker on %s is healthy again", self.role, self.url)
+        self.unhealthy_reason = None
+
+    def mark_unhealthy(self, reason: str, *, ends_legs: bool) -> None:
+        """Note that it is not well; `ends_legs` if it will not end its legs in flight either."""
+        if self.unhealthy_reason is None:
+            _log.warning("the %s worker on %s is unhealthy: %s", self.role, self.url, reason)
+        self.unhealthy_reason = reason
+        if ends_legs:
+            for leg in self.in_flight:
+                leg.fail(LegFailed(f"{self.label} is unhealthy: {reason}", leg=self.leg, stage="health"))
 
 
 class Membership:
     """All workers, prefill and decode or aggregated ones; each role has a policy of its own, so that their turns do not mix."""
 
     def __init__(self, options: RouterOptions) -> None:
-        self.prefill = [Worker(url.rstrip("/"), "prefill", port) for url, port in options.prefill]
-        self.decode = [Worker(url.rstrip("/"), "decode") for url in options.decode]
-        self.aggregated = [Worker(url.rstrip("/"), "aggregated") for url in options.worker]
-        self._prefill_policy = make_policy(options.policy)
-        self._decode_policy = make_policy(options.policy)
-        self._aggregated_policy = make_policy(options.policy)
+        urls: dict[WorkerKind, Sequence[tuple[str, int | None]]] = {
+            "prefill": options.prefill,
+            "decode": [(url, None) for url in options.decode],
+            "aggregated": [(url, None) for url in options.worker],
+        }
+        self._workers = {
+            role: [
+                Worker(
+                    url.rstrip("/"),
+                    role,
+                    Breaker(max_failures=options.breaker_failures, pause_s=options.breaker_pause_s),
+                    port,
+                )
+                for url, port in places
+            ]
+            for role, places in urls.items()
+        }
+        self._policies = {role: make_policy(options.policy) for role in urls}
 
     @property
     def workers(self) -> list[Worker]:
         """All of them, prefill first."""
-        return [*self.prefill, *self.decode, *self.aggregated]
+        return [worker for workers in self._workers.values() for worker in workers]
 
     @property
     def has_pairs(self) -> bool:
         """Whether a request takes two workers."""
-        return not self.aggregated
+        return not self._workers["aggregated"]
 
-    def pick_aggregated(self) -> Worker:
-        """Pick an aggregated worker; there is one."""
-        return self._aggregated_policy(self.aggregated)
+    def pick(self, role: WorkerKind, failed: Sequence[Worker] = ()) -> Worker:
+        """Pick a worker that can take a leg; of those that `failed`, in this order, only if there is no other.
 
-    def pick_prefill(self) -> Worker:
-        """Pick a prefill worker; NoHealthyPair if there is none."""
-        if not self.prefill:
-            raise NoHealthyPair("there is no prefill worker", leg="prefill", stage="pick")
-        return self._prefill_policy(self.prefill)
-
-    def pick_decode(self) -> Worker:
-        """Pick a decode worker; NoHealthyPair if there is none."""
-        if not self.decode:
-            raise NoHealthyPair("there is no decode worker", leg="decode", stage="pick")
-        return self._decode_policy(self.decode)
+        Raises NoHealthyPair, which says what is the matter with each.
+        """
+        workers = self._workers[role]
+        candidates = [worker for worker in workers if worker.obstacle is None]
+        if not candidates:
+            obstacles = "; ".join(f"{worker.url}: {worker.obstacle}" for worker in workers)
+            what = f"no {role} worker can take a request: {obstacles}" if workers else f"there is no {role} worker"
+            raise NoHealthyPair(what, leg=leg_of(role), stage="pick")
+        last_failure = {worker: index for index, worker in enumerate(failed)}
+        longest_ago = min(last_failure.get(worker, -1) for worker in candidates)
+        return self._policies[role]([w for w in candidates if last_failure.get(w, -1) == longest_ago])

@@ -1,15 +1,18 @@
 """The router's Prometheus metrics, in a registry of their own, so that two routers can live in one process.
 
-Neighbours: `app` (requests), `pair` (failures and rows), `membership` (outstanding requests, read at each scrape).
+Neighbours: `intake` (requests), `attempts` (failures, retries and rows), `membership` (what is known of each worker, read at each
+scrape).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from router.membership import Membership
+from common.messages import RowBlock
+from router.breaker import BreakerState
+from router.membership import Membership, Worker
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
@@ -35,26 +38,50 @@ class RouterMetrics:
             ["leg", "code"],
             registry=self.registry,
         )
-        self.rows_returned = Counter(
+        self.retries = Counter(
+            "tandem_router_retries",
+            "Attempts after the first one, by the leg and the stage that failed",
+            ["leg", "stage"],
+            registry=self.registry,
+        )
+        self._rows_returned = Counter(
             "tandem_router_routed_experts_rows", "Rows of routed experts that left", registry=self.registry
         )
-        self.registry.register(_Outstanding(membership))
+        self.registry.register(_Workers(membership))
+
+    def count_rows(self, rows: RowBlock | None) -> None:
+        """Count an answer's rows."""
+        if rows is not None:
+            self._rows_returned.inc(rows.header.shape[0])
 
     def text(self) -> bytes:
         """Write all metrics in Prometheus's text format."""
         return generate_latest(self.registry)
 
 
-class _Outstanding(Collector):
-    """Each worker's outstanding requests, taken from where they are counted anyway."""
+class _Workers(Collector):
+    """What is known of each worker, taken from where it is kept anyway."""
 
     def __init__(self, membership: Membership) -> None:
         self._membership = membership
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        family = GaugeMetricFamily(
-            "tandem_router_outstanding_requests", "Legs without a reply yet", labels=["role", "worker"]
+        yield self._family(
+            "tandem_router_outstanding_requests", "Legs without a reply yet", lambda worker: worker.outstanding
         )
+        yield self._family(
+            "tandem_router_worker_healthy",
+            "1 unless the worker's health checks fail",
+            lambda worker: worker.unhealthy_reason is None,
+        )
+        yield self._family(
+            "tandem_router_breaker_open",
+            "1 unless the worker's circuit breaker is closed",
+            lambda worker: worker.breaker.state is not BreakerState.CLOSED,
+        )
+
+    def _family(self, name: str, what: str, value: Callable[[Worker], float]) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(name, what, labels=["role", "worker"])
         for worker in self._membership.workers:
-            family.add_metric([worker.role, worker.url], worker.outstanding)
-        yield family
+            family.add_metric([worker.role, worker.url], value(worker))
+        return family

@@ -29,9 +29,9 @@ from common.protocol.replies import Reply, encode_json, encode_msgpack, sse_even
 from common.server.admission import Admission
 from common.server.bodies import Body, BodyWriter, send_body
 from common.server.http import error_response, together
+from router.attempts import Attempts
 from router.combine import Answer
 from router.intake import Times
-from router.pair import Pairs
 from router.replies import sample_meta
 from router.streaming import send_stream
 
@@ -41,8 +41,8 @@ _log = logging.getLogger(__name__)
 class OpenAIApi:
     """The two generating routes of OpenAI's API."""
 
-    def __init__(self, pairs: Pairs, admission: Admission) -> None:
-        self._pairs = pairs
+    def __init__(self, attempts: Attempts, admission: Admission) -> None:
+        self._attempts = attempts
         self._admission = admission
 
     async def completions(self, request: web.Request, times: Times) -> tuple[web.StreamResponse, int]:
@@ -64,7 +64,7 @@ class OpenAIApi:
                 if call.generate.stream:
                     writer = _Chunks(call, renames)
                     samples = call.generate.samples
-                    return await send_stream(request, samples, self._pairs, writer, times)
+                    return await send_stream(request, samples, self._attempts, writer, times)
                 return await self._send_whole(request, call, times, as_msgpack=as_msgpack), 200
         except TandemError as error:
             report = ErrorReport.of(error)
@@ -80,7 +80,7 @@ class OpenAIApi:
         # Of several prompts' rows only the first one's leave, unless every choice has its own.
         num_with_rows = len(samples) if call.return_meta_info else 1
         running = [
-            self._pairs.answer(sample, deadline=times.deadline, as_base64=not as_msgpack and index < num_with_rows)
+            self._attempts.answer(sample, deadline=times.deadline, as_base64=not as_msgpack and index < num_with_rows)
             for index, sample in enumerate(samples)
         ]
         answers = await together(running)

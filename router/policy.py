@@ -14,7 +14,9 @@ from router.config import PolicyName
 class Loaded(Protocol):
     """What a policy may look at."""
 
-    outstanding: int
+    @property
+    def outstanding(self) -> int:
+        """How many legs it has at the moment."""
 
 
 Candidate = TypeVar("Candidate", bound=Loaded)

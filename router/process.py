@@ -8,7 +8,7 @@ import uvloop
 from common.observability.logging import configure_logging
 from common.process import ensure_port_free
 from common.server.http import start_server, stop_on_signals
-from router.app import create_app
+from router.app import DRAIN, create_app
 from router.config import RouterConfig, parse_router_config
 
 
@@ -23,6 +23,11 @@ def main(argv: list[str]) -> None:
 async def serve(config: RouterConfig) -> None:
     """Serve until the process is told to stop; running requests then have the shutdown deadline to end."""
     stop = stop_on_signals()
-    runner = await start_server(await create_app(config), config.server)
+    app = await create_app(config)
+    runner = await start_server(app, config.server)
     await stop.wait()
+    # Connections that are open stay so meanwhile: their clients hear that this router is draining.
+    for site in list(runner.sites):
+        await site.stop()
+    await app[DRAIN].finish(config.server.shutdown_deadline_s)
     await runner.cleanup()

@@ -42,8 +42,11 @@ class TransferAgent(Protocol):
     def metadata(self) -> bytes:
         """What a peer needs to write here."""
 
-    def connect(self, metadata: bytes, pool: PoolInfo) -> str:
-        """Get ready to write into a peer's pool; returns the peer's id. Raises TransferError."""
+    def connect(self, peer: str, metadata: bytes, pool: PoolInfo) -> None:
+        """Get ready to write into a peer's pool. Raises TransferError, also if the metadata is not that peer's."""
+
+    def forget(self, peer: str) -> None:
+        """Let go of what was prepared for a peer that is gone; no write to it may be in progress."""
 
     def write(self, peer: str, local_pages: list[int], remote_pages: list[int], tag: bytes) -> Write:
         """Post a write of whole pages; the peer's `arrivals` shows `tag` once the data is there. Raises TransferError."""
@@ -81,17 +84,29 @@ class NixlAgent:
         """NIXL's own description of this agent and its registered memory."""
         return self._metadata
 
-    def connect(self, metadata: bytes, pool: PoolInfo) -> str:
+    def connect(self, peer: str, metadata: bytes, pool: PoolInfo) -> None:
         """Add the peer, connect now rather than with the first write, and prepare one descriptor a page of its pool."""
         try:
-            name = self._agent.add_remote_agent(metadata)
-            peer = name.decode() if isinstance(name, bytes) else str(name)
+            added = self._agent.add_remote_agent(metadata)
+            name = added.decode() if isinstance(added, bytes) else str(added)
+            if name != peer:
+                raise TransferError(f"the metadata is that of {name}, not of {peer}")
             if peer not in self._peer_pages:
                 self._agent.make_connection(peer)
                 self._peer_pages[peer] = self._prepare(peer, pool)
         except Exception as error:
             raise TransferError(f"NIXL cannot reach the peer: {error}") from error
-        return peer
+
+    def forget(self, peer: str) -> None:
+        """Release the peer's descriptors, and have NIXL forget it."""
+        pages = self._peer_pages.pop(peer, None)
+        if pages is None:
+            return
+        try:
+            pages.release()
+            self._agent.remove_remote_agent(peer)
+        except Exception as error:  # noqa: BLE001
+            log.warning("forgetting peer %s: %s", peer, error)
 
     def write(self, peer: str, local_pages: list[int], remote_pages: list[int], tag: bytes) -> Write:
         """Post one NIXL WRITE with one descriptor a page; adjacent pages are merged by NIXL."""

@@ -24,6 +24,8 @@ Item = TypeVar("Item")
 
 IDLE_WAIT_S = 0.2
 """Longest wait of an idle endpoint; messages and commands end it at once."""
+WATCH_S = 0.25
+"""How often an endpoint looks whether its peers are still there."""
 LANDING_WAIT_S = 0.001
 """Pause between two looks at NIXL, which has nothing to wait on, while a peer may be writing; its word ends the pause at once.
 Over TCP NIXL needs the looks of both ends to move data."""
@@ -39,7 +41,7 @@ class Link(Protocol[Inbound, Outbound]):
     """Control messages to and from peers; `common.wire` has the ones over ZMQ, `transfer.loopback` one without."""
 
     def send(self, peer: str, message: Outbound) -> None:
-        """Queue a message to a peer; never blocks. A message to a peer that is gone is lost."""
+        """Queue a message to a peer; never blocks. A message to a peer that is gone or not connected is lost."""
 
     def receive(self) -> list[tuple[str, Inbound]]:
         """All messages that are here, with their senders."""
@@ -52,6 +54,19 @@ class Link(Protocol[Inbound, Outbound]):
 
     def close(self) -> None:
         """Close the sockets."""
+
+
+class DialingLink(Link[Inbound, Outbound], Protocol[Inbound, Outbound]):
+    """The end that makes the connections, and knows its peers by their addresses."""
+
+    def dial(self, peer: str) -> None:
+        """Connect to a new peer, and again whenever the connection is lost. Raises TransferError if this is no address."""
+
+    def changes(self) -> list[tuple[str, bool]]:
+        """Connections that were made (True) or lost (False) since the last call, in order."""
+
+    def forget(self, peer: str) -> None:
+        """Close the connection to a peer that was dialed."""
 
 
 class Mailbox(Generic[Command, Event]):
@@ -92,7 +107,7 @@ class Endpoint(Protocol):
         """Sleep until there may be something to do."""
 
     def close(self) -> None:
-        """Close the sockets; the agent goes with the process."""
+        """Close the sockets once nothing that was posted is left; the agent goes with the process."""
 
 
 class TransferThread:

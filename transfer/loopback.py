@@ -85,12 +85,13 @@ class LoopbackAgent:
         """The name is all that a peer needs."""
         return self.name.encode()
 
-    def connect(self, metadata: bytes, pool: PoolInfo) -> str:
+    def connect(self, peer: str, metadata: bytes, pool: PoolInfo) -> None:
         """Find the peer by name."""
-        name = metadata.decode()
-        if name not in self._network.agents:
-            raise TransferError(f"there is no agent {name}")
-        return name
+        if metadata != peer.encode() or peer not in self._network.agents:
+            raise TransferError(f"there is no agent {peer}")
+
+    def forget(self, peer: str) -> None:
+        """Nothing was prepared for it."""
 
     def write(self, peer: str, local_pages: list[int], remote_pages: list[int], tag: bytes) -> Write:
         """Copy at once, or do what the fault policy says."""
@@ -147,6 +148,26 @@ class LoopbackLink(Generic[Inbound, Outbound]):
         self._peers = peers
         self._network = network
         self._inbox: deque[tuple[str, Inbound]] = deque()
+        self._changes: list[tuple[str, bool]] = []
+        self.dialed: list[str] = []
+
+    def dial(self, peer: str) -> None:
+        """Be connected at once, whether there is a peer or not."""
+        self.dialed.append(peer)
+        self._changes.append((peer, True))
+
+    def changes(self) -> list[tuple[str, bool]]:
+        """What `dial` and `lose` have done since the last call."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def lose(self, peer: str) -> None:
+        """Lose the connection to a peer, and make it again."""
+        self._changes += [(peer, False), (peer, True)]
+
+    def forget(self, peer: str) -> None:
+        """Hang up."""
+        self.dialed.remove(peer)
 
     def send(self, peer: str, message: Outbound) -> None:
         """Put the message into the peer's inbox, or do what the fault policy says; a missing peer loses it."""

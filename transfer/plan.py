@@ -6,6 +6,7 @@ from typing import NamedTuple
 from common.memory.layout import num_pages_for
 
 _TAG = struct.Struct("<QII")
+MAX_GENERATION = 2**32 - 1
 
 
 class WriteTag(NamedTuple):

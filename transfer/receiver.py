@@ -1,10 +1,13 @@
 """The decode side of KV transfers: offers its pages to the prefill worker that has the prompt, and waits for the KV.
 
 For every `ReceiveKv` the engine hears either `KvArrived`, or `KvLost` followed, at once or later, by `PagesQuiet`. Between the
-two the peer may still write into the pages: they are in quarantine, and only the peer's own word ends it (R11). KV has arrived
-when the peer says that all writes have completed *and* the notification of each has been seen here.
+two the peer may still write into the pages: they are in quarantine, until the peer's own word or the proof that its process
+has ended (R11). The abort is sent again and again until then. KV has arrived when the peer says that all writes have completed
+*and* the notification of each has been seen here.
 
-It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other.
+A room is lost when its deadline passes, when its peer closes it, has ended or falls silent, or when the connection is lost.
+It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other. Neighbour: `sources`
+(the prefill workers).
 """
 
 import contextlib
@@ -19,20 +22,24 @@ from common.messages import (
     DecodeToPrefill,
     ErrorReport,
     FirstToken,
+    HeartbeatReply,
     Hello,
     HelloReply,
     KvAbort,
     KvClosed,
     KvDone,
     KvRequest,
+    Leg,
     PoolInfo,
     PrefillToDecode,
 )
+from common.process import own_mark
 from transfer.agent import TransferAgent
 from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, Link, Mailbox
+from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink, Mailbox
 from transfer.handshake import PROTOCOL
 from transfer.plan import WriteTag
+from transfer.sources import Life, Source, Sources
 from transfer.state import ReceiverState, advance
 
 log = logging.getLogger(__name__)
@@ -52,6 +59,13 @@ class ReceiveKv(Struct, frozen=True, kw_only=True):
     prompt_digest: bytes
 
 
+class ReserveKv(Struct, frozen=True):
+    """The prompt's KV will be asked for when there is a seat: until then let the prefill worker keep it."""
+
+    room: int
+    source: str
+
+
 class CancelKv(Struct, frozen=True):
     """The request is over. If its pages were offered, say when they are quiet; if not, let the prefill worker know at least."""
 
@@ -59,7 +73,7 @@ class CancelKv(Struct, frozen=True):
     source: str
 
 
-ReceiverCommand = ReceiveKv | CancelKv
+ReceiverCommand = ReserveKv | ReceiveKv | CancelKv
 
 
 class KvArrived(Struct, frozen=True, kw_only=True):
@@ -96,22 +110,22 @@ ReceiverMailbox = Mailbox[ReceiverCommand, ReceiverEvent]
 # ------------------------------------------------------------------------------------------------ the receiver
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Room:
-    source: str
-    request: KvRequest
+    command: ReceiveKv
+    generation: int
+    """Tells this use of the room from any other."""
     asked_at: float
     deadline: float
+    source: Source | None
+    """None if the command names no address."""
+    life: Life | None = None
+    """Who has been asked, and may write from then on."""
     greeted_again: bool = False
     state: ReceiverState = ReceiverState.REQUESTED
     landed: set[int] = field(default_factory=set)
     """Serials of the writes whose notification is here."""
     done: KvDone | None = None
-
-    @property
-    def generation(self) -> int:
-        """Tells this use of the room from any other."""
-        return self.request.generation
 
 
 class Receiver:
@@ -120,7 +134,7 @@ class Receiver:
     def __init__(
         self,
         agent: TransferAgent,
-        link: Link[PrefillToDecode, DecodeToPrefill],
+        link: DialingLink[PrefillToDecode, DecodeToPrefill],
         mailbox: ReceiverMailbox,
         pool: PoolInfo,
         options: TransferOptions,
@@ -133,17 +147,19 @@ class Receiver:
         self.mailbox = mailbox
         self._pool = pool
         self._options = options
-        self._hello = Hello(
+        hello = Hello(
             peer=peer_id,
+            process=own_mark(),
             protocol=PROTOCOL,
             agent_metadata=agent.metadata(),
             pool=pool,
             weight_version=weight_version,
         )
-        self._greeted: set[str] = set()
+        self.sources = Sources(link, hello, heartbeat_s=options.heartbeat_s, silence_s=options.peer_deadline_s)
         self._rooms: dict[int, _Room] = {}
         self._generation = 0
         self._now = 0.0
+        self._next_watch = 0.0
         self.num_writes = 0
         self.num_bytes = 0
         self.num_dropped = 0
@@ -158,6 +174,8 @@ class Receiver:
         self._now = now
         for command in self.mailbox.commands():
             match command:
+                case ReserveKv():
+                    self._reserve(command)
                 case ReceiveKv():
                     self._request(command)
                 case CancelKv():
@@ -165,15 +183,14 @@ class Receiver:
                 case _:
                     assert_never(command)
         if self._rooms:
-            for _, tag in self._agent.arrivals():
-                self._on_landed(tag)
-        for source, message in self._link.receive():
-            self._on_message(source, message)
-        for room_id, room in list(self._rooms.items()):
-            if room.state is ReceiverState.REQUESTED and now >= room.deadline:
-                waited = f"the KV of the prompt did not arrive within {self._options.transfer_deadline_s:g} s"
-                self._lose(room_id, room, status=504, message=waited)
-                self._send_abort(room_id, room)
+            for peer, tag in self._agent.arrivals():
+                self._on_landed(peer, tag)
+        for source in self.sources.connected(now):
+            self._lose_all(source, f"the connection to the prefill worker at {source.address} was lost")
+        for address, message in self._link.receive():
+            self._on_message(address, message)
+        if now >= self._next_watch:
+            self._watch()
 
     def wait(self) -> None:
         """Sleep until there may be something to do."""
@@ -189,64 +206,92 @@ class Receiver:
 
     # -------------------------------------------------------------------------------------------- own engine
 
+    def _reserve(self, command: ReserveKv) -> None:
+        with contextlib.suppress(TransferError):  # a wrong address fails the request when it is asked
+            self.sources.contact(command.source, self._now).reserved.add(command.room)
+
     def _request(self, command: ReceiveKv) -> None:
         assert command.room not in self._rooms, "the engine asks once for a room"
         self._generation += 1
+        deadline = self._now + self._options.transfer_deadline_s
+        room = self._rooms[command.room] = _Room(command, self._generation, self._now, deadline, None)
+        try:
+            room.source = self.sources.contact(command.source, self._now)
+        except TransferError as error:
+            self._lose(room, str(error), status=400, leg="decode")
+            return
+        room.source.reserved.discard(command.room)
+        if room.source.life is not None:
+            self._send_request(room, room.source.life)
+
+    def _send_request(self, room: _Room, life: Life) -> None:
+        assert room.source is not None
+        room.life, command = life, room.command
         request = KvRequest(
+            to=life.id,
             room=command.room,
-            generation=self._generation,
+            generation=room.generation,
             first_page=command.first_page,
             pages=command.pages,
             prompt_tokens=command.prompt_tokens,
             prompt_digest=command.prompt_digest,
         )
-        room = self._rooms[command.room] = _Room(
-            source=command.source,
-            request=request,
-            asked_at=self._now,
-            deadline=self._now + self._options.transfer_deadline_s,
-        )
-        try:
-            if command.source not in self._greeted:
-                self._link.send(command.source, self._hello)
-                self._greeted.add(command.source)
-            self._link.send(command.source, request)
-        except TransferError as error:
-            self._lose(command.room, room, status=400, message=str(error))
-            self._close(command.room, room)
+        self._link.send(room.source.address, request)
 
     def _cancel(self, command: CancelKv) -> None:
         room = self._rooms.get(command.room)
-        if room is None:
-            # Never asked for, or just arrived: nobody waits for an answer, and a wrong address has no one to tell.
-            with contextlib.suppress(TransferError):
-                self._link.send(command.source, KvAbort(room=command.room, generation=0))
-        elif room.state is ReceiverState.REQUESTED:
-            room.state = advance(room.state, ReceiverState.ABORTING)
-            self._send_abort(command.room, room)
+        if room is not None:
+            if room.state is ReceiverState.REQUESTED:
+                room.state = advance(room.state, ReceiverState.ABORTING)
+                self._send_abort(room)
+            return
+        # Never asked for, or just arrived: nobody waits for an answer, and a wrong address has no one to tell.
+        with contextlib.suppress(TransferError):
+            source = self.sources.contact(command.source, self._now)
+            source.reserved.discard(command.room)
+            self._link.send(command.source, KvAbort(to="", room=command.room, generation=0))
 
-    def _send_abort(self, room_id: int, room: _Room) -> None:
-        self._link.send(room.source, KvAbort(room=room_id, generation=room.generation))
+    def _send_abort(self, room: _Room) -> None:
+        """Tell whoever was asked; if nobody was, nobody can write."""
+        assert room.source is not None
+        if room.life is None:
+            self._link.send(room.source.address, KvAbort(to="", room=room.command.room, generation=0))
+            self._close(room)
+        else:
+            abort = KvAbort(to=room.life.id, room=room.command.room, generation=room.generation)
+            self._link.send(room.source.address, abort)
 
     # -------------------------------------------------------------------------------------------- peers
 
-    def _on_landed(self, data: bytes) -> None:
+    def _on_landed(self, peer: str, data: bytes) -> None:
         tag = WriteTag.decode(data)
         room = self._rooms.get(tag.room) if tag is not None else None
-        if tag is None or room is None or room.generation != tag.generation:
+        if (
+            tag is None
+            or room is None
+            or room.generation != tag.generation
+            or room.life is None
+            or room.life.id != peer
+        ):
             self.num_dropped += 1
             return
         room.landed.add(tag.serial)
-        self._check_arrived(tag.room, room)
+        self._check_arrived(room)
 
-    def _on_message(self, source: str, message: PrefillToDecode) -> None:
+    def _on_message(self, address: str, message: PrefillToDecode) -> None:
+        source = self.sources.heard(address)
+        if source is None:
+            self.num_dropped += 1
+            return
         match message:
             case HelloReply():
-                if message.refusal is not None:
-                    log.error("prefill worker %s refuses this worker: %s", message.peer, message.refusal)
+                self._on_hello_reply(source, message)
+            case HeartbeatReply():
+                self.sources.on_heartbeat_reply(source, message, self._now)
             case KvDone() | KvClosed():
                 room = self._rooms.get(message.room)
-                if room is None or room.generation != message.generation or room.source != source:
+                # Whoever is at the address now can speak for nobody who was there before.
+                if room is None or room.generation != message.generation or not self._speaks_for(source, room):
                     self.num_dropped += 1
                 elif isinstance(message, KvDone):
                     self._on_done(message, room)
@@ -255,34 +300,57 @@ class Receiver:
             case _:
                 assert_never(message)
 
+    def _speaks_for(self, source: Source, room: _Room) -> bool:
+        return (
+            room.source is source
+            and room.life is not None
+            and source.life is not None
+            and (room.life.id == source.life.id)
+        )
+
+    def _on_hello_reply(self, source: Source, reply: HelloReply) -> None:
+        life = self.sources.on_hello_reply(source, reply)
+        for room in self._rooms_at(source):
+            if room.life is None:
+                if reply.refusal is not None:
+                    self._lose(room, reply.refusal or "the prefill worker refuses this one", leg="decode")
+                else:
+                    self._send_request(room, life)
+            elif room.life.id != life.id:
+                room.life.has_been_replaced = room.life.process.boot_id == life.process.boot_id
+                if room.state is ReceiverState.REQUESTED:
+                    self._lose(room, f"the prefill worker at {source.address} has been restarted")
+        self._release_gone()
+
     def _on_done(self, message: KvDone, room: _Room) -> None:
         if room.state is ReceiverState.ABORTING:
-            self._close(message.room, room)  # all writes have completed, which is what an abort waits for
+            self._close(room)  # all writes have completed, which is what an abort waits for
         else:
             room.done = message
-            self._check_arrived(message.room, room)
+            self._check_arrived(room)
 
     def _on_closed(self, message: KvClosed, room: _Room) -> None:
+        assert room.source is not None
         if room.state is ReceiverState.REQUESTED and message.stage == "handshake" and not room.greeted_again:
-            # The prefill worker at this address has been restarted: it has never heard of this worker.
-            room.greeted_again = True
-            self._link.send(room.source, self._hello)
-            self._link.send(room.source, room.request)
+            # It does not know this worker, and so will not write.
+            room.greeted_again, room.life = True, None
+            self.sources.greet(room.source, self._now)
             return
         if room.state is ReceiverState.REQUESTED:
-            self._lose(message.room, room, status=502, message=message.error or "the prefill worker closed the room")
-        self._close(message.room, room)
+            room.state = advance(room.state, ReceiverState.ABORTING)
+            self._report(room, message.error or "the prefill worker closed the room", status=502, leg=message.leg)
+        self._close(room)
 
-    def _check_arrived(self, room_id: int, room: _Room) -> None:
+    def _check_arrived(self, room: _Room) -> None:
         if room.done is None or len(room.landed) < room.done.num_writes or room.state is not ReceiverState.REQUESTED:
             return
         room.state = advance(room.state, ReceiverState.ARRIVED)
-        del self._rooms[room_id]
-        num_bytes = len(room.request.pages) * self._pool.page_bytes
+        del self._rooms[room.command.room]
+        num_bytes = len(room.command.pages) * self._pool.page_bytes
         self.num_writes += room.done.num_writes
         self.num_bytes += num_bytes
         arrived = KvArrived(
-            room=room_id,
+            room=room.command.room,
             first_token=room.done.first_token,
             wait_seconds=self._now - room.asked_at,
             write_seconds=room.done.write_seconds,
@@ -291,13 +359,67 @@ class Receiver:
         )
         self.mailbox.emit(arrived)
 
-    def _lose(self, room_id: int, room: _Room, *, status: int, message: str) -> None:
-        room.state = advance(room.state, ReceiverState.ABORTING)
-        code = {400: "invalid_request", 504: "deadline_exceeded"}.get(status, "leg_failed")
-        error = ErrorReport(status=status, message=message, code=code, leg="decode", stage="transfer")
-        self.mailbox.emit(KvLost(room_id, error))
+    # -------------------------------------------------------------------------------------------- losses
 
-    def _close(self, room_id: int, room: _Room) -> None:
+    def _watch(self) -> None:
+        """Look for rooms whose time is up or whose peer has ended, and keep the prefill workers informed."""
+        self._next_watch = self._now + WATCH_S
+        rooms_of: dict[Source, list[_Room]] = {}
+        for room in list(self._rooms.values()):
+            if room.state is ReceiverState.REQUESTED and self._now >= room.deadline:
+                waited = f"the KV of the prompt did not arrive within {self._options.transfer_deadline_s:g} s"
+                self._lose(room, waited, status=504, leg="decode")
+            elif room.source is not None:
+                rooms_of.setdefault(room.source, []).append(room)
+        for source in rooms_of:
+            if self.sources.is_silent(source, self._now):
+                silence = (
+                    f"the prefill worker at {source.address} has been silent for {self._options.peer_deadline_s:g} s"
+                )
+                self._lose_all(source, silence)
+        self._release_gone()
+        wanted = {
+            source: [room.command.room for room in rooms if room.state is ReceiverState.REQUESTED]
+            for source, rooms in rooms_of.items()
+        }
+        for source in self.sources.beat(wanted, self._now):
+            for room in self._rooms_at(source):
+                if room.state is ReceiverState.ABORTING:
+                    self._send_abort(room)
+
+    def _release_gone(self) -> None:
+        """Nobody writes for a process that has ended."""
+        lives = {room.life for room in self._rooms.values() if room.life is not None}
+        gone = {life for life in lives if life.is_gone}
+        for room in [room for room in self._rooms.values() if room.life in gone]:
+            if room.state is ReceiverState.REQUESTED:
+                self._lose(room, "the prefill worker has died")
+            else:
+                self._close(room)
+
+    def _rooms_at(self, source: Source) -> list[_Room]:
+        return [room for room in self._rooms.values() if room.source is source]
+
+    def _lose_all(self, source: Source, message: str) -> None:
+        for room in self._rooms_at(source):
+            if room.state is ReceiverState.REQUESTED:
+                self._lose(room, message)
+
+    def _lose(self, room: _Room, message: str, *, status: int = 502, leg: Leg = "prefill") -> None:
+        """The KV will not come: say so, and have whoever may still write stop."""
+        room.state = advance(room.state, ReceiverState.ABORTING)
+        self._report(room, message, status=status, leg=leg)
+        if room.source is None or (room.life is not None and room.life.is_gone):
+            self._close(room)
+        else:
+            self._send_abort(room)
+
+    def _report(self, room: _Room, message: str, *, status: int, leg: Leg) -> None:
+        code = {400: "invalid_request", 504: "deadline_exceeded"}.get(status, "leg_failed")
+        error = ErrorReport(status=status, message=message, code=code, leg=leg, stage="transfer")
+        self.mailbox.emit(KvLost(room.command.room, error))
+
+    def _close(self, room: _Room) -> None:
         room.state = advance(room.state, ReceiverState.CLOSED)
-        del self._rooms[room_id]
-        self.mailbox.emit(PagesQuiet(room_id))
+        del self._rooms[room.command.room]
+        self.mailbox.emit(PagesQuiet(room.command.room))

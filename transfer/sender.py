@@ -9,7 +9,8 @@ reuse on either side (R11).
 A chunk's pages are written while the next chunk is computed: the engine reports them when the chunk's step has settled, and
 with overlap the next step runs by then. So a request waits for the last chunk's write alone, and then for one message: `KvDone`
 says that all is written and brings the first token, and is not answered. The peer asks as soon as it has a seat, which is before
-the prefill has ended unless the peer is full.
+the prefill has ended unless the peer is full. Until then its heartbeats keep the prompt's lease. The rooms of a peer that has
+died, or been silent for too long, are given up.
 
 It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other.
 """
@@ -25,29 +26,38 @@ from typing import assert_never
 from msgspec import Struct
 
 from common.errors import TransferError
+from common.ids import MAX_ROOM
 from common.memory.layout import num_pages_for
 from common.messages import (
     DecodeToPrefill,
     FirstToken,
+    Heartbeat,
+    HeartbeatReply,
     Hello,
     HelloReply,
     KvAbort,
     KvClosed,
     KvDone,
     KvRequest,
+    Leg,
     PoolInfo,
     PrefillToDecode,
 )
+from common.process import own_mark
 from transfer.agent import TransferAgent, Write, WriteState
 from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, NAP_S, Link, Mailbox
-from transfer.handshake import refusal_of
-from transfer.plan import WriteTag
+from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link, Mailbox
+from transfer.peers import Peer, Peers
+from transfer.plan import MAX_GENERATION, WriteTag
 from transfer.state import SenderState, advance
 
 log = logging.getLogger(__name__)
 
 _GIVEN_UP = "the decode side has given this room up"
+_CLOSING_S = 5.0
+"""Longest wait for posted writes when the process ends."""
+_MAX_ROOMS = 2**18
+_MAX_TOMBSTONES = 2**20
 
 
 # ------------------------------------------------------------------------------------------------ commands and events
@@ -88,10 +98,11 @@ SenderCommand = OpenRoom | PagesReady | FinishRoom | CancelRoom
 
 
 class RoomClosed(Struct, frozen=True):
-    """No write reads the room's pages any more. `error` is None if the KV has arrived at the peer."""
+    """No write reads the room's pages any more. `error` is None if the KV has arrived at the peer; `leg` is whose fault it is."""
 
     room: int
     error: str | None
+    leg: Leg = "decode"
 
 
 SenderMailbox = Mailbox[SenderCommand, RoomClosed]
@@ -110,6 +121,7 @@ class _Room:
     finished: FinishRoom | None = None
     # What the peer has told.
     peer: str | None = None
+    """Who has asked for the KV, or has shown that it will."""
     request: KvRequest | None = None
     asked_at: float = 0.0
     # How far it is.
@@ -120,8 +132,9 @@ class _Room:
     """When the first of the writes in progress was posted to a room that had none."""
     write_seconds: float = 0.0
     """How long at least one write was in progress, up to when there last was none."""
-    # Why it drains.
+    # Why it drains, and on whose side the reason lies.
     error: str | None = None
+    leg: Leg = "decode"
 
     @property
     def generation(self) -> int | None:
@@ -147,16 +160,15 @@ class Sender:
         self._agent = agent
         self._link = link
         self.mailbox = mailbox
-        self._pool = pool
         self._options = options
         self._peer_id = peer_id
-        self._weight_version = weight_version
+        self._process = own_mark()
         self._clock = clock
-        self._peers: dict[str, PoolInfo] = {}
-        self._refusals: dict[str, str] = {}
+        self._peers = Peers(agent, pool, weight_version, options.peer_deadline_s)
         self._rooms: dict[int, _Room] = {}
         self._tombstones: dict[int, float] = {}
         self._now = 0.0
+        self._next_watch = 0.0
         self.num_writes = 0
         self.num_bytes = 0
         self.num_dropped = 0
@@ -173,6 +185,8 @@ class Sender:
             self._on_command(command)
         for peer, message in self._link.receive():
             self._on_message(peer, message)
+        if now >= self._next_watch:
+            self._watch()
         for room_id, room in list(self._rooms.items()):
             self._progress(room_id, room)
             if now >= room.deadline:
@@ -186,7 +200,18 @@ class Sender:
         self._link.wait(NAP_S if writing else IDLE_WAIT_S)
 
     def close(self) -> None:
-        """Close the control sockets."""
+        """Wait for the writes that are in progress, and close the control sockets.
+
+        A peer takes a new process at this address as the proof that this one writes no more. So if writes are left, only the
+        end of the process closes the sockets.
+        """
+        deadline = time.monotonic() + _CLOSING_S
+        while any(room.in_progress for room in self._rooms.values()):
+            if time.monotonic() > deadline:
+                return
+            for room in self._rooms.values():
+                self._look(room)
+            time.sleep(NAP_S)
         self._link.close()
 
     # -------------------------------------------------------------------------------------------- own engine
@@ -197,7 +222,7 @@ class Sender:
             case OpenRoom():
                 self._open(command, room)
             case CancelRoom() if room is not None:
-                self._drain(command.room, room, command.error)
+                self._drain(command.room, room, command.error, leg="prefill")
             case PagesReady() if room is not None:
                 room.ready_pages += command.pages
             case FinishRoom() if room is not None:
@@ -220,12 +245,17 @@ class Sender:
     # -------------------------------------------------------------------------------------------- peers
 
     def _on_message(self, peer: str, message: DecodeToPrefill) -> None:
+        self._peers.heard(peer, self._now)
         match message:
             case Hello():
-                refusal = self._greet(peer, message)
-                if refusal is not None:
-                    self._refusals[peer] = refusal
-                self._link.send(peer, HelloReply(peer=self._peer_id, refusal=refusal))
+                refusal = self._peers.greet(peer, message, self._now)
+                self._link.send(peer, HelloReply(peer=self._peer_id, process=self._process, refusal=refusal))
+            case Heartbeat():
+                self._renew(peer, message)
+                self._answer_heartbeat(peer)
+            case KvRequest() | KvAbort() if message.to != self._peer_id and message.generation > 0:
+                self.num_dropped += 1  # it is for a process that was here before
+                self._answer_heartbeat(peer)
             case KvRequest():
                 self._ask(peer, message)
             case KvAbort():
@@ -233,29 +263,40 @@ class Sender:
             case _:
                 assert_never(message)
 
-    def _greet(self, peer: str, hello: Hello) -> str | None:
-        refusal = refusal_of(hello, self._pool, self._weight_version)
-        if refusal is None and hello.peer != peer:
-            refusal = f"it calls itself {hello.peer} and connects as {peer}"
-        if refusal is not None:
-            log.error("refused decode worker %s: %s", hello.peer, refusal)
-            return refusal
-        try:
-            self._agent.connect(hello.agent_metadata, hello.pool)
-        except TransferError as error:
-            return str(error)
-        self._peers[peer] = hello.pool
-        self._refusals.pop(peer, None)
-        return None
+    def _answer_heartbeat(self, peer: str) -> None:
+        is_paired = self._peers.get(peer) is not None
+        self._link.send(peer, HeartbeatReply(peer=self._peer_id, is_paired=is_paired))
+
+    def _renew(self, peer: str, heartbeat: Heartbeat) -> None:
+        """The peer still wants these: prompts that wait for it keep their leases."""
+        if self._peers.get(peer) is None:
+            return
+        for room_id in heartbeat.rooms:
+            room = self._rooms.get(room_id)
+            if room is not None and room.state is SenderState.OFFERED and room.peer in (None, peer):
+                room.peer = peer
+                if room.finished is not None:
+                    room.deadline = self._now + self._options.lease_s
+
+    def _watch(self) -> None:
+        """Give up the rooms of peers that have died or fallen silent."""
+        self._next_watch = self._now + WATCH_S
+        lost = self._peers.lost(self._now)
+        if not lost:
+            return
+        for room_id, room in list(self._rooms.items()):
+            if room.peer in lost and room.state is not SenderState.DRAINING:
+                self._drain(room_id, room, lost[room.peer])
+        self._peers.forget(self._now, {room.peer for room in self._rooms.values() if room.peer is not None})
 
     def _ask(self, peer: str, request: KvRequest) -> None:
-        room = self._rooms.get(request.room)
-        if peer in self._refusals:
-            self._send_closed(peer, request.room, request.generation, self._refusals[peer])
-        elif peer not in self._peers:
-            unknown = "the prefill worker has no handshake with this decode worker"
-            self._send_closed(peer, request.room, request.generation, unknown, stage="handshake")
-        elif refusal := self._refusal(peer, request, room):
+        room, known = self._rooms.get(request.room), self._peers.get(peer)
+        if known is None:
+            refusal, stage = self._peers.refusal(peer), "transfer"
+            if refusal is None:
+                refusal, stage = "the prefill worker has no handshake with this decode worker", "handshake"
+            self._send_closed(peer, request.room, request.generation, refusal, stage=stage)
+        elif refusal := self._refusal(peer, known, request, room):
             self._send_closed(peer, request.room, request.generation, refusal)
         elif room is None:
             deadline = self._now + self._options.lease_s
@@ -268,12 +309,16 @@ class Sender:
         else:
             self.num_dropped += 1  # a duplicate
 
-    def _refusal(self, peer: str, request: KvRequest, room: _Room | None) -> str | None:
-        pool = self._peers[peer]
+    def _refusal(self, peer: str, known: Peer, request: KvRequest, room: _Room | None) -> str | None:
+        pool = known.pool
+        if not (1 <= request.room <= MAX_ROOM and 1 <= request.generation <= MAX_GENERATION):
+            return f"there is no room {request.room} of generation {request.generation}"
         if request.room in self._tombstones:
             return "the prefill worker has closed this room"
         if room is not None and room.peer not in (None, peer):
             return "another decode worker has asked for this room"
+        if room is None and len(self._rooms) >= _MAX_ROOMS:
+            return f"{_MAX_ROOMS} rooms are open"
         if any(not 0 <= page < pool.num_pages for page in request.pages):
             return "a target page is outside of the pool"
         num_pages = num_pages_for(request.prompt_tokens, pool.page_size)
@@ -289,15 +334,15 @@ class Sender:
         if room is None:
             # Its KvRequest was answered already, or its prefill leg is still to come and shall do nothing.
             self._bury(abort.room)
-        elif room.request is None:
+        elif room.request is None and room.peer in (None, peer):
             self._drain(abort.room, room, _GIVEN_UP)  # given up before it was asked for
         if abort.generation > 0:
             self._send_closed(peer, abort.room, abort.generation, None)
 
     def _send_closed(
-        self, peer: str, room: int, generation: int, error: str | None, *, stage: str = "transfer"
+        self, peer: str, room: int, generation: int, error: str | None, *, stage: str = "transfer", leg: Leg = "prefill"
     ) -> None:
-        self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage=stage))
+        self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage=stage, leg=leg))
 
     # -------------------------------------------------------------------------------------------- rooms
 
@@ -358,9 +403,10 @@ class Sender:
         self.num_writes += 1
         self.num_bytes += write.num_bytes
 
-    def _drain(self, room_id: int, room: _Room, error: str) -> None:
+    def _drain(self, room_id: int, room: _Room, error: str, *, leg: Leg = "decode") -> None:
         """Post no more; close at once if nothing is in progress, else when it has completed."""
-        room.error = room.error or error
+        if room.error is None:
+            room.error, room.leg = error, leg
         room.deadline = math.inf
         if room.in_progress:
             if room.state is not SenderState.DRAINING:
@@ -388,22 +434,29 @@ class Sender:
                 )
                 self._link.send(room.peer, done)
             else:
-                self._send_closed(room.peer, room_id, generation, room.error)
+                self._send_closed(room.peer, room_id, generation, room.error, leg=room.leg)
         if room.opened is not None:
-            self.mailbox.emit(RoomClosed(room_id, room.error))
+            self.mailbox.emit(RoomClosed(room_id, room.error, room.leg))
         del self._rooms[room_id]
         self._bury(room_id)
 
     def _bury(self, room_id: int) -> None:
         """Remember a closed room for longer than any lease: a late message or a late start of it does nothing."""
-        self._tombstones[room_id] = self._now + 2 * self._options.lease_s
+        self._tombstones.pop(room_id, None)  # those that last longest are last
+        if len(self._tombstones) >= _MAX_TOMBSTONES:
+            del self._tombstones[next(iter(self._tombstones))]
+        self._tombstones[room_id] = self._now + 2 * max(self._options.lease_s, self._options.transfer_deadline_s)
 
     def _on_deadline(self, room_id: int, room: _Room) -> None:
         match room.state:
             case SenderState.OFFERED:
-                self._drain(room_id, room, f"no decode worker asked for the KV within {self._options.lease_s:g} s")
+                self._drain(
+                    room_id, room, f"no decode worker has shown interest in the KV for {self._options.lease_s:g} s"
+                )
             case SenderState.ASKED:
-                self._drain(room_id, room, f"the prefill leg did not arrive within {self._options.lease_s:g} s")
+                self._drain(
+                    room_id, room, f"the prefill leg did not arrive within {self._options.lease_s:g} s", leg="prefill"
+                )
             case SenderState.SENDING:
                 self._drain(room_id, room, f"the KV writes took more than {self._options.lease_s:g} s")
             case SenderState.DRAINING | SenderState.CLOSED:

@@ -4,6 +4,7 @@ A request keeps its pages while its rows are gathered; `holds` says so. Results 
 so nobody else ever touches a request. Neighbours: `common.routed_experts.collect` (does the work), the roles' workers.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,8 @@ from common.routed_experts.collect import collect, make_block
 from common.routed_experts.host_cache import Slots, WriteTicket
 from common.routed_experts.spec import rows_of
 from common.scheduling.request import Request
+
+log = logging.getLogger(__name__)
 
 Rows = RowBlock | RowsError | None
 """A block, why there is none, or None if none was asked for."""
@@ -74,12 +77,12 @@ class RowCollector:
             return
         slots = self._slots_of(request, start, stop)
         if self._executor is None or not self._are_many(start, stop):
-            self._deliver(self._gather(slots, start, request.rid), done)
+            self._deliver(_attempt(request.rid, self._gather, slots, start, request.rid), done)
             return
         if early is not None and early.start == start and early.stop <= stop:
-            future = self._executor.submit(self._gather_rest, early, slots, request.rid)
+            future = self._executor.submit(_attempt, request.rid, self._gather_rest, early, slots, request.rid)
         else:
-            future = self._executor.submit(self._gather, slots, start, request.rid)
+            future = self._executor.submit(_attempt, request.rid, self._gather, slots, start, request.rid)
         self._pending.append((request, future, done))
         self._held.add(request)
         future.add_done_callback(lambda _: self._wake and self._wake())
@@ -92,18 +95,7 @@ class RowCollector:
         if not request.message.options.return_routed_experts:
             done(None)
             return
-        engine = self._engine
-        try:
-            rows: Rows = make_block(
-                engine.host_cache.spec,
-                swapped,
-                start=start,
-                weight_version=engine.weight_version,
-                verified=self._verified,
-            )
-        except RowsError as error:
-            rows = error
-        self._deliver(rows, done)
+        self._deliver(_attempt(request.rid, self._make_block, swapped, start, self._verified), done)
 
     def holds(self, request: Request) -> bool:
         """Whether the request's rows are being gathered, so that its pages may not be given back."""
@@ -122,42 +114,51 @@ class RowCollector:
     def _slots_of(self, request: Request, start: int, stop: int) -> Slots:
         return slots_of(request.pages, start, stop, self._engine.capacity.page_size)
 
-    def _gather(self, slots: Slots, start: int, rid: str) -> Rows:
+    def _gather(self, slots: Slots, start: int, rid: str) -> RowBlock:
         engine = self._engine
-        try:
-            return collect(
-                engine.host_cache,
-                slots,
-                start=start,
-                rid=rid,
-                weight_version=engine.weight_version,
-                verified=self._verified,
-            )
-        except RowsError as error:
-            return error
+        return collect(
+            engine.host_cache,
+            slots,
+            start=start,
+            rid=rid,
+            weight_version=engine.weight_version,
+            verified=self._verified,
+        )
 
     def _gather_early(self, ticket: WriteTicket, start: int, rid: str) -> "host_cache.Rows | None":
         """Gather rows whose pages nobody holds for us: they may have changed hands before the copy was complete."""
-        block = self._gather(ticket.slots, start, rid)
+        block = _attempt(rid, self._gather, ticket.slots, start, rid)
         if isinstance(block, RowBlock) and self._engine.host_cache.is_current(ticket):
             return rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)
         return None
 
-    def _gather_rest(self, early: _Early, slots: Slots, rid: str) -> Rows:
+    def _gather_rest(self, early: _Early, slots: Slots, rid: str) -> RowBlock:
         """Gather what was not gathered early, or all if that came to nothing."""
         rows = early.rows.result()
         if rows is None:
             return self._gather(slots, early.start, rid)
         rest = self._gather(slots[len(rows) :], early.stop, rid)
-        if not isinstance(rest, RowBlock):
-            return rest
         rows = np.concatenate((rows, rows_of(np.frombuffer(rest.data, dtype=np.uint8), rest.header)))
-        engine = self._engine
         # Both parts have been verified.
+        return self._make_block(rows, early.start, False)
+
+    def _make_block(self, rows: npt.NDArray[np.unsignedinteger], start: int, verified: bool) -> RowBlock:
+        engine = self._engine
         return make_block(
-            engine.host_cache.spec, rows, start=early.start, weight_version=engine.weight_version, verified=False
+            engine.host_cache.spec, rows, start=start, weight_version=engine.weight_version, verified=verified
         )
 
     def _deliver(self, rows: Rows, done: Done) -> None:
         self.num_refused += isinstance(rows, RowsError)
         done(rows)
+
+
+def _attempt(rid: str, gather: Callable[..., RowBlock], *arguments: object) -> Rows:
+    """Gather a request's rows; whatever goes wrong fails this request and no other."""
+    try:
+        return gather(*arguments)
+    except RowsError as error:
+        return error
+    except Exception as error:
+        log.exception("the rows of %s could not be gathered", rid)
+        return RowsError(f"the rows of {rid!r} could not be gathered: {type(error).__name__}: {error}")

@@ -59,8 +59,14 @@ class Device(Protocol):
     def upload(self, array: Array) -> torch.Tensor:
         """Queue a copy of `array` onto the device, outside of any step; the array may be dropped at once."""
 
+    def synchronize(self) -> None:
+        """Wait until all that was queued has been done; raises what is wrong with the device, if anything is."""
+
     def pool_budget_bytes(self, memory_fraction: float) -> int | None:
         """What the KV pool may take so that this process stays within its fraction of the memory; None: take the default."""
+
+
+_LARGEST_SHARE_OF_FREE = 0.95
 
 
 class _Landed:
@@ -99,6 +105,9 @@ class CpuDevice:
     def upload(self, array: Array) -> torch.Tensor:
         """Copy, so that the caller may reuse the array."""
         return torch.from_numpy(array.copy())
+
+    def synchronize(self) -> None:
+        """Nothing is ever pending."""
 
     def pool_budget_bytes(self, memory_fraction: float) -> int | None:
         """The CPU's pool has a fixed default instead."""
@@ -213,11 +222,19 @@ class CudaDevice:
         """Through pinned memory of torch's caching allocator, which reuses it only after the copy."""
         return torch.from_numpy(array).pin_memory().to(self.torch_device, non_blocking=True)
 
+    def synchronize(self) -> None:
+        """All streams: the forward stream and the one of the copies."""
+        torch.cuda.synchronize(self.torch_device)
+
     def pool_budget_bytes(self, memory_fraction: float) -> int | None:
-        """Called with the weights loaded; what the fraction leaves over is for activations."""
+        """Called with the weights loaded; what the fraction leaves over is for activations.
+
+        What others hold on this GPU does not count against the fraction, so that one of two that share it can be restarted alone.
+        """
         torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(self.torch_device)
-        return int(free_bytes - (1 - memory_fraction) * total_bytes)
+        own_bytes = torch.cuda.memory_reserved(self.torch_device)
+        return int(min(memory_fraction * total_bytes - own_bytes, _LARGEST_SHARE_OF_FREE * free_bytes))
 
 
 def open_device(options: EngineOptions) -> Device:

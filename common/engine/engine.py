@@ -62,6 +62,7 @@ class Engine:
         self.table = RequestTable(capacity.max_running_requests, capacity.pages_per_request, device.torch_device)
         self.seats = Seats(allocator, self.table)
         self.num_steps = 0
+        self.num_failed_steps = 0
         self.num_tokens_computed = 0
         self._model = model
         self._device = device
@@ -124,6 +125,10 @@ class Engine:
         self.num_tokens_computed += layout.num_tokens
         num_scored = layout.scored.counts if layout.scored is not None else (0,) * len(plan.entries)
         return Launched(plan, staging.copy_to_host(results), num_scored, ticket, self.host_cache)
+
+    def synchronize(self) -> None:
+        """Wait until all that was ever queued on the device has been done; raises if the device is broken."""
+        self._device.synchronize()
 
     def _logit_changes(
         self, plan: StepPlan, layout: StepLayout, rows_S: torch.Tensor, staging: StepStaging

@@ -2,15 +2,21 @@
 
 With depth 2 the host settles step n-1 while the device runs step n; with depth 1 every step is settled at once, on the same
 path. The loop knows no requests: a worker's role decides what to plan and what a result means.
+
+A step that cannot be launched or settled fails its own requests, and the engine goes on. What a role does with its requests is
+plain bookkeeping: an exception there is a defect after which no count could be trusted, and ends the process.
 """
 
 import gc
+import logging
 from collections import deque
-from typing import Protocol
+from typing import Final, Protocol
 
+from common.engine.beats import Beats
 from common.engine.engine import Engine
 from common.engine.reports import describe
 from common.engine.step import Launched, StepResult
+from common.errors import RequestFailed
 from common.messages import (
     Abort,
     EngineToFrontend,
@@ -25,8 +31,12 @@ from common.messages import (
 )
 from common.scheduling.step_plan import StepPlan
 
-IDLE_WAIT_S = 1.0
+log = logging.getLogger(__name__)
+
+IDLE_WAIT_S: Final = 1.0
 """Longest sleep of an idle engine; messages and transfer events end it at once."""
+MAX_FAILED_STEPS: Final = 3
+"""So many failed steps without a good one between them end the process: what can compute nothing must not seem healthy."""
 
 
 class Reply(Protocol):
@@ -58,6 +68,9 @@ class Role(Protocol):
     def on_settled(self, result: StepResult) -> None:
         """Take a settled step's tokens; its rows are in the host cache already."""
 
+    def on_failed(self, plan: StepPlan, error: RequestFailed) -> None:
+        """Fail the requests of a step that has no results; nothing of what was launched before is pending any more."""
+
 
 class Loop:
     """Drives one engine for one role. One thread calls `turn`, and nothing else touches engine or role meanwhile."""
@@ -66,17 +79,48 @@ class Loop:
         self._engine = engine
         self._role = role
         self._depth = 2 if overlap else 1
-        self._in_flight: deque[Launched] = deque()
+        self._in_flight: deque[tuple[StepPlan, Launched]] = deque()
+        self._num_failed_in_a_row = 0
 
     def turn(self) -> bool:
-        """Launch a step if there is one, settle the eldest if it is due; False if there was nothing to do."""
+        """Launch a step if there is one, settle the eldest if it is due; False if there was nothing to do.
+
+        Raises what broke a step if the device is broken, or if too many steps have failed in a row.
+        """
         plan = self._role.plan()
         if plan is not None:
-            self._in_flight.append(self._engine.launch(plan))
+            self._launch(plan)
         if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
-            self._role.on_settled(self._in_flight.popleft().settle())
+            self._settle(*self._in_flight.popleft())
             return True
         return plan is not None
+
+    def _launch(self, plan: StepPlan) -> None:
+        try:
+            self._in_flight.append((plan, self._engine.launch(plan)))
+        except Exception as error:
+            log.exception("a step could not be launched")
+            self._fail(plan, error)
+
+    def _settle(self, plan: StepPlan, launched: Launched) -> None:
+        try:
+            result = launched.settle()
+        except Exception as error:
+            log.exception("a step could not be settled")
+            self._fail(plan, error)
+            return
+        self._num_failed_in_a_row = 0
+        self._role.on_settled(result)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> None:
+        self._engine.num_failed_steps += 1
+        self._num_failed_in_a_row += 1
+        if self._num_failed_in_a_row == MAX_FAILED_STEPS:
+            raise error
+        # Nothing may be pending on pages that others are about to get (R11), nor on memory that the error's traceback holds.
+        self._engine.synchronize()
+        message = f"a step of the engine failed: {type(error).__name__}: {error}"
+        self._role.on_failed(plan, RequestFailed(message, stage="step"))
 
 
 class Channel(Protocol):
@@ -109,22 +153,35 @@ class Background(Protocol):
 
 
 def serve(
-    channel: Channel, engine: Engine, role: Role, background: Background, *, overlap: bool, shutdown_deadline_s: float
+    channel: Channel,
+    engine: Engine,
+    role: Role,
+    background: Background,
+    *,
+    overlap: bool,
+    watchdog_s: float,
+    shutdown_deadline_s: float,
 ) -> None:
-    """Run an engine process's main thread: say that the engine is ready, drive it until `Shutdown`, and close the channel."""
+    """Run an engine process's main thread: say that the engine is ready, drive it until `Shutdown`, and close the channel.
+
+    A turn that takes longer than `watchdog_s` is reported on stderr, with what every thread is doing.
+    """
     # Model, tables and modules stay for good: the collector need not look at them again, in the middle of a step.
     gc.collect()
     gc.freeze()
     loop = Loop(engine, role, overlap=overlap)
+    beats = Beats(engine, channel.send, watchdog_s=watchdog_s)
     background.start()
     try:
         channel.send(describe(engine))
         while _take_messages(channel, role):
+            beats.turn()
             role.poll()
             background.check()
             if not loop.turn():
                 channel.wait(IDLE_WAIT_S)
     finally:
+        beats.stop()
         background.stop(shutdown_deadline_s)
         channel.close()
 

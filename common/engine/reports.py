@@ -69,6 +69,7 @@ def make_stats(
         rooms=transfer.num_rooms,
         dropped_messages=transfer.num_dropped,
         swaps=swaps,
+        failed_steps=engine.num_failed_steps,
     )
 
 
@@ -76,13 +77,18 @@ def count_pages(engine: Engine, cached_pages: Iterable[int]) -> PageCounts:
     """Recount every page from its owners: the prefix cache and the seated requests."""
     cached = list(cached_pages)
     holders = engine.seats.holders
-    quarantined = {page for r in holders if r.state is RequestState.QUARANTINED for page in r.pages}
     running = {page for r in holders if r.state is not RequestState.QUARANTINED for page in r.pages}
     return PageCounts(
         total=engine.allocator.num_pages,
         free=engine.allocator.num_free,
         cached=len(cached),
         running=len(running),
-        quarantined=len(quarantined),
+        quarantined=count_quarantined(engine),
         unaccounted=engine.allocator.num_unaccounted([cached, *(request.pages for request in holders)]),
     )
+
+
+def count_quarantined(engine: Engine) -> int:
+    """Count the pages in quarantine; costs nothing while there are none."""
+    holders = engine.seats.holders
+    return len({page for r in holders if r.state is RequestState.QUARANTINED for page in r.pages})

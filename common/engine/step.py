@@ -74,7 +74,13 @@ class Launched:
         The landed arrays are good until the next launch alone: all that is kept of them is copied here.
         """
         landed = self._copies.wait()
+        outcomes = self._outcomes(landed)
+        # Last: a step whose results cannot be read has no rows either.
         self._host_cache.commit(self._ticket, landed["rows"])
+        return StepResult(self._plan, outcomes)
+
+    def _outcomes(self, landed: dict[str, Array]) -> tuple[Outcome, ...]:
+        """Read the tokens and the scores of each entry."""
         num_samples = [entry.samples for entry in self._plan.entries]
         num_draws, num_scores = sum(num_samples), sum(self._num_scored)
         drawn = zip(
@@ -85,13 +91,13 @@ class Launched:
         )
         sampled = _deal(tuple(starmap(Sampled, drawn)), num_samples)
         if num_scores == 0:  # in decode, always
-            return StepResult(self._plan, tuple(map(Outcome, sampled)))
+            return tuple(map(Outcome, sampled))
         scored = zip(
             _deal(_values(landed, "prompt_logprobs", num_scores), self._num_scored),
             _deal(self._likeliest(landed, "prompt_top_logprobs", "prompt_top_ids", self._num_scored), self._num_scored),
             strict=True,
         )
-        return StepResult(self._plan, tuple(starmap(Outcome, zip(sampled, starmap(Scored, scored), strict=True))))
+        return tuple(starmap(Outcome, zip(sampled, starmap(Scored, scored), strict=True)))
 
     def _likeliest(
         self, landed: dict[str, Array], logprobs: str, ids: str, num_positions: Sequence[int]

@@ -14,6 +14,7 @@ _GAUGES = {
 }
 _COUNTERS = {
     "steps": "forward passes",
+    "failed_steps": "forward passes that failed, and their requests with them",
     "tokens_computed": "tokens that went through a forward pass",
     "tokens_cached": "prompt tokens that came from the prefix cache",
     "rows_committed": "routed-expert rows written to the host cache",

@@ -109,6 +109,26 @@ def as_string(name: str, value: object) -> str:
     return value
 
 
+def check_count(name: str, count: int, most: int, what: str) -> None:
+    """Refuse a field that has more of something than one request may have."""
+    if count > most:
+        raise RequestError(name, f"has {count} {what}, more than {most}")
+
+
+def check_plain(name: str, value: object, *, nesting: int) -> None:
+    """Check what is passed on as it is: so many lists and objects inside of each other at most, integers of 64 bits."""
+    match value:
+        case bool():
+            pass
+        case int() if not -(2**63) <= value < 2**64:
+            raise RequestError(name, "holds an integer of more than 64 bits")
+        case dict() | list():
+            if nesting == 0:
+                raise RequestError(name, "is nested too deeply")
+            for item in value.values() if isinstance(value, dict) else value:
+                check_plain(name, item, nesting=nesting - 1)
+
+
 def as_token_ids(name: str, value: object) -> tuple[int, ...]:
     """Take a list of ids, each in `[0, 2**31)`; the vocabulary's own bound is checked where it is known."""
     if not isinstance(value, list):

@@ -5,8 +5,9 @@ Neighbours: `fields` (typed reading), `sampling` (sampling_params), `refusals` (
 `replies` (the answers), `legs` (the same bodies, written by the router).
 """
 
+import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -14,12 +15,30 @@ from msgspec import Struct
 from common.errors import RequestError
 from common.ids import MAX_ROOM, new_rid
 from common.messages import Bootstrap, RequestOptions, SamplingParams
-from common.protocol.fields import Fields, as_integer, as_string, as_token_ids, decode_object, kind_of
+from common.protocol.bounds import (
+    MAX_HOST_CHARS,
+    MAX_MESSAGES,
+    MAX_NESTING,
+    MAX_PROMPTS,
+    MAX_RID_CHARS,
+    MAX_TOP_LOGPROBS,
+)
+from common.protocol.fields import (
+    Fields,
+    Object,
+    as_integer,
+    as_string,
+    as_token_ids,
+    check_count,
+    check_plain,
+    decode_object,
+    kind_of,
+)
 from common.protocol.refusals import REQUEST_NEUTRALS, refuse_unsupported
 from common.protocol.sampling import parse_sampling
 
-MAX_RID_CHARS = 512
-MAX_TOP_LOGPROBS = 20
+# Names and addresses; nothing that would mean more in a ZMQ endpoint.
+_HOST: Final = re.compile(r"[0-9A-Za-z._:%-]+")
 
 Message = Mapping[str, object]
 Messages = tuple[Message, ...]
@@ -65,12 +84,17 @@ class GenerateCall(Struct, frozen=True):
 
 
 def parse_generate(body: bytes) -> GenerateCall:
-    """Read a request body.
+    """Read a request body; everything else is as for `read_generate`."""
+    return read_generate(decode_object(body))
+
+
+def read_generate(values: Object) -> GenerateCall:
+    """Read the fields of a request.
 
     Ids and seeds that the client did not choose are drawn here. Raises RequestError, naming the field, for anything
     wrong that can be seen without a model.
     """
-    fields = Fields(decode_object(body))
+    fields = Fields(values)
     refuse_unsupported(fields, REQUEST_NEUTRALS)
     prompt_field, prompts, is_list = _prompts(fields)
     count = len(prompts)
@@ -116,12 +140,14 @@ def _text_prompts(text: object) -> tuple[list[Prompt], bool]:
     if isinstance(text, list):
         if not text:
             raise RequestError("text", "must not be an empty list")
+        check_count("text", len(text), MAX_PROMPTS, "prompts")
         return [_non_empty(f"text[{i}]", as_string(f"text[{i}]", item)) for i, item in enumerate(text)], True
     return [_non_empty("text", as_string("text", text))], False
 
 
 def _id_prompts(ids: object) -> tuple[list[Prompt], bool]:
     if isinstance(ids, list) and ids and isinstance(ids[0], list):
+        check_count("input_ids", len(ids), MAX_PROMPTS, "prompts")
         return [
             _non_empty(f"input_ids[{i}]", as_token_ids(f"input_ids[{i}]", item)) for i, item in enumerate(ids)
         ], True
@@ -140,6 +166,7 @@ def _messages(value: object) -> Messages:
         raise RequestError("messages", f"must be a list of messages, not {kind_of(value)}")
     if not value:
         raise RequestError("messages", "the prompt must not be empty")
+    check_count("messages", len(value), MAX_MESSAGES, "messages")
     for i, message in enumerate(value):
         if isinstance(message, list):
             raise RequestError(
@@ -149,6 +176,7 @@ def _messages(value: object) -> Messages:
             raise RequestError(f"messages[{i}]", f"must be an object, not {kind_of(message)}")
         for name in ("role", "content"):
             as_string(f"messages[{i}].{name}", message.get(name))
+        check_plain(f"messages[{i}]", message, nesting=MAX_NESTING)
     return tuple(value)
 
 
@@ -158,6 +186,7 @@ def _chat_template_kwargs(fields: Fields) -> dict[str, Any]:
         return {}
     if not isinstance(value, dict):
         raise RequestError("chat_template_kwargs", f"must be an object, not {kind_of(value)}")
+    check_plain("chat_template_kwargs", value, nesting=MAX_NESTING)
     return value
 
 
@@ -235,9 +264,18 @@ def _bootstraps(fields: Fields, ns: list[int], *, is_list: bool) -> list[Bootstr
     if len({room for mine in rooms for room in mine}) != sum(ns):
         raise RequestError("bootstrap_room", "each sample needs a room of its own")
     return [
-        Bootstrap(as_string("bootstrap_host", host), as_integer("bootstrap_port", port, ge=1, le=65535), mine)
+        Bootstrap(_host(host), as_integer("bootstrap_port", port, ge=1, le=65535), mine)
         for host, port, mine in zip(hosts, ports, rooms, strict=True)
     ]
+
+
+def _host(value: object) -> str:
+    host = as_string("bootstrap_host", value)
+    if len(host) > MAX_HOST_CHARS:
+        raise RequestError("bootstrap_host", f"has {len(host)} characters, more than {MAX_HOST_CHARS}")
+    if _HOST.fullmatch(host) is None:
+        raise RequestError("bootstrap_host", "is neither the name of a host nor an address")
+    return host
 
 
 def _rooms(value: object, ns: list[int], *, is_list: bool) -> list[tuple[int, ...]]:
@@ -252,11 +290,11 @@ def _rooms(value: object, ns: list[int], *, is_list: bool) -> list[tuple[int, ..
         if isinstance(item, list) and n > 1:
             if len(item) != n:
                 raise RequestError("bootstrap_room", f"has {len(item)} rooms for {n} samples")
-            rooms.append(tuple(as_integer("bootstrap_room", room, ge=0, le=MAX_ROOM) for room in item))
+            rooms.append(tuple(as_integer("bootstrap_room", room, ge=1, le=MAX_ROOM) for room in item))
         elif n > 1:
             raise RequestError("bootstrap_room", f"must be a list of {n} rooms, since n is {n}, not {kind_of(item)}")
         else:
-            rooms.append((as_integer("bootstrap_room", item, ge=0, le=MAX_ROOM),))
+            rooms.append((as_integer("bootstrap_room", item, ge=1, le=MAX_ROOM),))
     return rooms
 
 

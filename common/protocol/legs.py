@@ -12,15 +12,20 @@ its rows are raw bytes; in the last event of a stream they are base64 of the sam
 
 import base64
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Annotated, Final, TypeVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from common.messages import Bootstrap, ErrorReport, FinishReason, RequestOptions, RowBlock, RowHeader
 from common.protocol.generate import Sample
 from common.protocol.logprobs import LogprobItem
 
+Reading = TypeVar("Reading")
+
+# Numbers of another size were never counted by a worker, and would not fit into the reply to the client.
+Count = Annotated[int, Meta(ge=0, lt=2**31)]
 TopLogprobItems = list[list[LogprobItem] | None]
 
 # Base64 of this many characters is decoded at a time: one call on many megabytes would hold the interpreter lock (R16).
@@ -39,8 +44,8 @@ class LegExtras(Struct, frozen=True):
 class LegMeta(Struct, frozen=True, kw_only=True):
     """The part of `meta_info` that the router uses."""
 
-    prompt_tokens: int
-    cached_tokens: int
+    prompt_tokens: Count
+    cached_tokens: Count
     weight_version: str
     finish_reason: FinishReason
     input_token_logprobs: list[LogprobItem] | None = None
@@ -55,10 +60,10 @@ class LegReply(Struct, frozen=True):
     """A worker's reply to a leg that has ended."""
 
     text: str
-    output_ids: list[int]
+    output_ids: list[Count]
     meta_info: LegMeta
     leg: LegExtras
-    index: int = 0
+    index: Count = 0
 
     @property
     def is_aborted(self) -> bool:
@@ -82,6 +87,12 @@ class _ErrorFields(Struct, frozen=True, kw_only=True):
 
 class _ErrorBody(Struct, frozen=True):
     error: _ErrorFields
+
+
+_REPLY_MSGPACK: Final = msgspec.msgpack.Decoder(LegReply)
+_REPLIES_MSGPACK: Final = msgspec.msgpack.Decoder(LegReply | list[LegReply])
+_REPLY_JSON: Final = msgspec.json.Decoder(LegReply)
+_ERROR_JSON: Final = msgspec.json.Decoder(_ErrorBody)
 
 
 def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream: bool) -> bytes:
@@ -116,12 +127,12 @@ def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream:
 
 def decode_leg(body: bytes) -> LegReply:
     """Read a leg's one msgpack reply; ValueError if it is none. The result's rows borrow the memory of `body`."""
-    return msgspec.msgpack.decode(body, type=LegReply)
+    return _decoded(_REPLY_MSGPACK.decode, body)
 
 
 def decode_samples(body: bytes | bytearray) -> list[LegReply]:
     """Read a decode leg's msgpack reply, one for each sample; ValueError and memory as for `decode_leg`."""
-    replies = msgspec.msgpack.decode(body, type=LegReply | list[LegReply])
+    replies: LegReply | list[LegReply] = _decoded(_REPLIES_MSGPACK.decode, body)
     return replies if isinstance(replies, list) else [replies]
 
 
@@ -129,9 +140,9 @@ def decode_last_event(data: bytes | bytearray) -> LegReply:
     """Read a sample's last event in a stream; ValueError if it is none. It may take long, but lets other threads run."""
     found = _ROWS_KEY.search(data)
     if found is None or len(data) < _SLICE_CHARS:
-        return msgspec.json.decode(data, type=LegReply)
+        return _decoded(_REPLY_JSON.decode, data)
     begin, end = found.end(), data.find(b'"', found.end())
-    reply = msgspec.json.decode(data[:begin] + data[end:], type=LegReply)
+    reply = _decoded(_REPLY_JSON.decode, data[:begin] + data[end:])
     encoded = memoryview(data)[begin:end]
     slices = range(0, len(encoded), _SLICE_CHARS)
     rows = b"".join([base64.b64decode(encoded[lo : lo + _SLICE_CHARS], validate=True) for lo in slices])
@@ -142,11 +153,19 @@ def decode_last_event(data: bytes | bytearray) -> LegReply:
 def decode_error(status: int, body: bytes | bytearray) -> ErrorReport:
     """Read a worker's error body, or an event of the same form; what is no such body is quoted as it is."""
     try:
-        error = msgspec.json.decode(body, type=_ErrorBody).error
+        error = _decoded(_ERROR_JSON.decode, body).error
     except ValueError:
         quoted = body[:200].decode("utf-8", "replace").strip() or "no body"
         return ErrorReport(status=status, message=f"HTTP {status}: {quoted}", code="leg_failed")
     return ErrorReport(status=status, message=error.message, code=error.code, leg=error.leg, stage=error.stage)
+
+
+def _decoded(decode: Callable[[bytes | bytearray], Reading], data: bytes | bytearray) -> Reading:
+    """Decode; what is nested without an end is a ValueError like everything else that cannot be read."""
+    try:
+        return decode(data)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def _prompt_fields(sample: Sample) -> dict[str, object]:

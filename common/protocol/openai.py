@@ -14,8 +14,9 @@ from msgspec import Struct
 from common.errors import RequestError
 from common.ids import new_rid
 from common.messages import ErrorReport
-from common.protocol.fields import Fields, as_integer, as_string, decode_object, kind_of
-from common.protocol.generate import GenerateCall, parse_generate
+from common.protocol.bounds import MAX_MESSAGES, MAX_MODEL_CHARS
+from common.protocol.fields import Fields, as_integer, as_string, check_count, decode_object, kind_of
+from common.protocol.generate import GenerateCall, read_generate
 from common.protocol.refusals import REQUEST_NEUTRALS, SAMPLING_NEUTRALS, refuse_unsupported
 from common.protocol.replies import Reply, error_fields
 
@@ -98,7 +99,8 @@ class Renames(Struct, frozen=True):
         if found is None:
             return None, message
         parts = _BASE_OF_FIELD.match(found[1])
-        assert parts is not None
+        if parts is None:
+            return None, message
         name = self.names.get(parts[1], parts[1])
         return name, f"{name}{parts[2]}: {message[found.end() :]}"
 
@@ -171,11 +173,13 @@ def _call(
             "max_new_tokens": max_tokens,
         },
     }
-    call = parse_generate(msgspec.json.encode(body))
+    call = read_generate(body)
+    model = fields.string("model", "default")
+    check_count("model", len(model), MAX_MODEL_CHARS, "characters")
     return OpenAICall(
         generate=call,
         id=rid if isinstance(rid, str) else call.samples[0].rid,
-        model=fields.string("model", "default"),
+        model=model,
         is_chat=is_chat,
         return_logprob=num_top is not None,
         num_top_logprobs=num_top or 0,
@@ -214,6 +218,7 @@ def _plain(name: str, message: object) -> object:
     """Join a message's parts, which must be texts, with a space between them, as SGLang does."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
+    check_count(name, len(message["content"]), MAX_MESSAGES, "parts")
     texts = []
     for i, part in enumerate(message["content"]):
         place = f"{name}.content[{i}]"
@@ -225,7 +230,7 @@ def _plain(name: str, message: object) -> object:
 
 def _check_best_of(best_of: object, n: object) -> None:
     """`best_of` asks for nothing if it is no more than `n`."""
-    if best_of is not None and best_of != (1 if n is None else n):
+    if best_of is not None and not (type(best_of) is int and best_of == (1 if n is None else n)):
         raise RequestError("best_of", "is not supported here; leave it out")
 
 

@@ -47,7 +47,9 @@ def refuse_unsupported(fields: Fields, neutrals: dict[str, tuple[object, ...]]) 
 
 
 def _is_neutral(value: object, neutral: tuple[object, ...]) -> bool:
-    if isinstance(value, list):
-        return all(item is None or _is_neutral(item, neutral) for item in value)
+    values = value if isinstance(value, list) else [value]
     # False == 0 and True == 1 in Python, but not on the wire.
-    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral)
+    return all(
+        one in (None, []) or any(one == item and isinstance(one, bool) == isinstance(item, bool) for item in neutral)
+        for one in values
+    )

@@ -4,19 +4,21 @@ It knows no model: `limits` checks token ids against the vocabulary. Neighbours:
 `refusals` (known fields that cannot be honoured).
 """
 
-from typing import Final
-
 from common.errors import RequestError
 from common.ids import new_seed
 from common.messages import SamplingParams
-from common.protocol.fields import Fields, as_integer, as_number, as_string, as_token_ids, kind_of
+from common.protocol.bounds import (
+    MAX_LOGIT_BIAS,
+    MAX_LOGIT_BIAS_TOKENS,
+    MAX_SAMPLES,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
+from common.protocol.fields import Fields, as_integer, as_number, as_string, as_token_ids, check_count, kind_of
 from common.protocol.refusals import SAMPLING_NEUTRALS, refuse_unsupported
 
-MAX_SAMPLES: Final = 128
-MAX_STOP_STRINGS: Final = 16
-MAX_STOP_CHARS: Final = 1024
-MAX_LOGIT_BIAS: Final = 100.0
-_MAX_SEED: Final = 2**63 - 1
+_MAX_SEED = 2**63 - 1
 
 
 def parse_sampling(name: str, value: object) -> SamplingParams:
@@ -73,8 +75,7 @@ def _stop_strings(fields: Fields) -> tuple[str, ...]:
         return ()
     if not isinstance(value, list):
         return (_stop_string(name, value),)
-    if len(value) > MAX_STOP_STRINGS:
-        raise RequestError(name, f"has {len(value)} strings, more than {MAX_STOP_STRINGS}")
+    check_count(name, len(value), MAX_STOP_STRINGS, "strings")
     stops = [_stop_string(f"{name}[{i}]", item) for i, item in enumerate(value)]
     return tuple(dict.fromkeys(stops))
 
@@ -87,8 +88,12 @@ def _stop_string(name: str, value: object) -> str:
 
 
 def _stop_token_ids(fields: Fields) -> tuple[int, ...]:
-    value = fields.values.get("stop_token_ids")
-    return () if value is None else tuple(sorted(set(as_token_ids(fields.name("stop_token_ids"), value))))
+    value, name = fields.values.get("stop_token_ids"), fields.name("stop_token_ids")
+    if value is None:
+        return ()
+    token_ids = as_token_ids(name, value)
+    check_count(name, len(token_ids), MAX_STOP_TOKEN_IDS, "ids")
+    return tuple(sorted(set(token_ids)))
 
 
 def _logit_bias(fields: Fields) -> dict[int, float]:
@@ -97,6 +102,7 @@ def _logit_bias(fields: Fields) -> dict[int, float]:
         return {}
     if not isinstance(value, dict):
         raise RequestError(name, f"must be an object of token ids and numbers, not {kind_of(value)}")
+    check_count(name, len(value), MAX_LOGIT_BIAS_TOKENS, "tokens")
     bias: dict[int, float] = {}
     for key, item in value.items():
         # JSON's keys are strings; `isdecimal` alone would take digits of other scripts too.

@@ -9,14 +9,15 @@ It knows no JSON and no HTTP. Neighbours: `spec` (dtypes), `verify` (checks what
 
 import base64
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from itertools import pairwise
+from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import RowsMismatch
 from common.messages import RowBlock, RowHeader
-from common.routed_experts.spec import NUMPY_DTYPES, rows_of
+from common.routed_experts.spec import NUMPY_DTYPES, rows_of, smallest_dtype
 
 Rows = npt.NDArray[np.unsignedinteger]
 RowForm = Literal["int32", "auto"]
@@ -24,20 +25,42 @@ RowForm = Literal["int32", "auto"]
 # One base64 call holds the interpreter lock to its end, so large replies are encoded in slices of about this size
 # (R16).
 _SLICE_BYTES = 144 * 2**10
+# A header comes from another process. Beyond these it is no model's, and a few bytes of rows would become very many.
+_MAX_TOP_K: Final = 256
+_MAX_HIDDEN_LAYERS: Final = 1024
 
 
 def view(block: RowBlock) -> Rows:
     """See a block's bytes as its ids, `[rows, L, K]`, without a copy; valid as long as the block's data is.
 
-    Raises RowsMismatch if the data is not as long as the header says.
+    Raises RowsMismatch if no model has such rows, or if the data is not as long as the header says.
     """
     header, data = block
-    if header.stop < header.start or len(data) != header.num_bytes:
+    _check_header(header)
+    if len(data) != header.num_bytes:
         raise RowsMismatch(
             f"rows [{header.start}, {header.stop}) of shape {list(header.shape)} {header.dtype} "
             f"should be {header.num_bytes} bytes, but are {len(data)}"
         )
     return rows_of(np.frombuffer(data, dtype=np.uint8), header)
+
+
+def _check_header(header: RowHeader) -> None:
+    """Check that the numbers can be those of a model and of some of its positions."""
+    layer_ids, num_experts = header.layer_ids, header.num_experts
+    if not 0 <= header.start <= header.stop:
+        raise RowsMismatch(f"there are no rows [{header.start}, {header.stop})")
+    if not (0 < num_experts <= 2**16 and header.dtype == smallest_dtype(num_experts)):
+        raise RowsMismatch(f"the ids of {num_experts} experts are no {header.dtype}")
+    if not 0 < header.top_k <= min(num_experts, _MAX_TOP_K):
+        raise RowsMismatch(f"a row cannot have {header.top_k} of {num_experts} experts")
+    is_ordered = all(left < right for left, right in pairwise(layer_ids))
+    if not (layer_ids and is_ordered and layer_ids[0] >= 0 and layer_ids[-1] < header.num_hidden_layers):
+        raise RowsMismatch(
+            f"{len(layer_ids)} MoE layers are not ordered numbers out of {header.num_hidden_layers} layers"
+        )
+    if header.num_hidden_layers > _MAX_HIDDEN_LAYERS:
+        raise RowsMismatch(f"{header.num_hidden_layers} layers are more than {_MAX_HIDDEN_LAYERS}")
 
 
 def block_of(header: RowHeader, rows: Rows) -> RowBlock:

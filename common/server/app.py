@@ -13,7 +13,7 @@ from typing import Final, TypeVar, assert_never
 
 from aiohttp import web
 
-from common.config import ModelOptions, ServerOptions
+from common.config import EngineOptions, ModelOptions, ServerOptions
 from common.errors import DeadlineExceeded, MissingRows, RequestError, TandemError
 from common.messages import EngineReady, ErrorReport, Failed, Generate, ReportedError, Tokens, WorkerKind, leg_of
 from common.protocol.generate import GenerateCall, Sample, parse_generate
@@ -32,7 +32,7 @@ from common.server.admission import Admission
 from common.server.bodies import BodyWriter, send_body
 from common.server.control import WorkerControl
 from common.server.engine_client import Ended, EngineClient
-from common.server.http import EventStream, answer_errors, require_key, together
+from common.server.http import EventStream, make_application, together
 from common.server.output import Answer, SampleOutput, logprobs_of
 from common.server.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ class WorkerApp:
         tokenizer: Tokenizer,
         model: ModelOptions,
         server: ServerOptions,
+        options: EngineOptions,
         *,
         bootstrap_port: int | None,
     ) -> None:
@@ -64,16 +65,26 @@ class WorkerApp:
         self._server = server
         self._admission = Admission(server.max_open_requests)
         self._control = WorkerControl(
-            kind, engine, ready, model, self._admission, self._deadline, bootstrap_port=bootstrap_port
+            kind,
+            engine,
+            ready,
+            model,
+            self._admission,
+            self._deadline,
+            health_deadline_s=options.health_deadline_s,
+            bootstrap_port=bootstrap_port,
         )
 
     def application(self) -> web.Application:
         """Make the aiohttp application."""
-        middlewares = [answer_errors(self._leg), require_key(self._server.api_key)]
-        app = web.Application(client_max_size=self._server.max_body_bytes, middlewares=middlewares)
+        app = make_application(self._server, self._leg)
         app.router.add_post("/generate", self._generate)
         app.add_routes(self._control.routes())
         return app
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait until the open ones have been answered."""
+        await self._admission.drain()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         started = asyncio.get_running_loop().time()
@@ -89,7 +100,7 @@ class WorkerApp:
     async def _send_whole(
         self, request: web.Request, call: GenerateCall, as_msgpack: bool, started: float
     ) -> web.StreamResponse:
-        async with self._deadline(started):
+        async with self._deadline(started=started):
             messages = await self._messages_of(call)
             pairs = zip(call.samples, messages, strict=True)
             answers = await together([self._answers(sample, message) for sample, message in pairs])
@@ -119,7 +130,7 @@ class WorkerApp:
                         await client.send(sse_event({**event, **place}))
 
         try:
-            async with self._deadline(started):
+            async with self._deadline(started=started):
                 messages = await self._messages_of(call)
                 triples = zip(call.samples, messages, self._first_indices(call), strict=True)
                 await together([relay(*triple) for triple in triples])
@@ -250,9 +261,9 @@ class WorkerApp:
         return await _run_where_it_fits(lambda: output.end(ended), is_long=is_long)
 
     @asynccontextmanager
-    async def _deadline(self, started: float | None = None) -> AsyncIterator[None]:
-        """Bound a request's time, by default from now on. Raises DeadlineExceeded."""
-        limit_s = self._server.request_deadline_s
+    async def _deadline(self, limit_s: float | None = None, *, started: float | None = None) -> AsyncIterator[None]:
+        """Bound a request's time, by default by that of all requests and from now on. Raises DeadlineExceeded."""
+        limit_s = self._server.request_deadline_s if limit_s is None else limit_s
         begin = asyncio.get_running_loop().time() if started is None else started
         try:
             async with asyncio.timeout_at(begin + limit_s):

@@ -17,6 +17,7 @@ from msgspec import Struct
 from common.messages import RowBlock
 from common.protocol.replies import MSGPACK, Reply
 from common.routed_experts.codec import RowForm, base64_length, base64_slices, describe, num_full_slices, view
+from common.server.writing import ClientWriter
 
 # What is smaller is made in one go on the event loop.
 _SMALL_BYTES = 256 * 2**10
@@ -145,15 +146,13 @@ class BodyWriter:
 async def send_body(request: web.Request, body: Body, *, binary: bool) -> web.StreamResponse:
     """Answer with a body, a large one part by part."""
     content_type = MSGPACK if binary else "application/json"
-    if body.num_bytes <= _SMALL_BYTES:
-        return web.Response(body=b"".join(body.parts()), content_type=content_type)
     response = web.StreamResponse()
     response.content_type = content_type
     response.content_length = body.num_bytes
-    await response.prepare(request)
+    writer = ClientWriter(request, response)
     async for part in body.written():
-        await response.write(part)
-    await response.write_eof()
+        await writer.write(part)
+    await writer.end()
     return response
 
 

@@ -30,7 +30,10 @@ from common.server.engine_client import EngineClient
 
 
 class WorkerControl:
-    """Handlers of the control routes. `deadline` bounds a wait for the engine; it raises DeadlineExceeded."""
+    """Handlers of the control routes.
+
+    `deadline` bounds a wait for the engine by so many seconds, None: by those of a request; it raises DeadlineExceeded.
+    """
 
     def __init__(
         self,
@@ -39,8 +42,9 @@ class WorkerControl:
         ready: EngineReady,
         model: ModelOptions,
         admission: Admission,
-        deadline: Callable[[], AbstractAsyncContextManager[None]],
+        deadline: Callable[[float | None], AbstractAsyncContextManager[None]],
         *,
+        health_deadline_s: float,
         bootstrap_port: int | None,
     ) -> None:
         self._kind: WorkerKind = kind
@@ -49,6 +53,7 @@ class WorkerControl:
         self._model = model
         self._admission = admission
         self._deadline = deadline
+        self._health_deadline_s = health_deadline_s
         self._bootstrap_port = bootstrap_port
 
     def routes(self) -> list[web.RouteDef]:
@@ -68,14 +73,18 @@ class WorkerControl:
         ]
 
     async def health(self, _: web.Request) -> web.Response:
-        """Say that this process is up."""
-        return web.Response()
+        """Say whether this worker takes requests, and why not: 200 or 503."""
+        if self._admission.is_closed:
+            return _json({"status": "draining", "reason": "this server is shutting down"}, status=503)
+        if (refusal := self._engine.refusal) is not None:
+            return _json({"status": "unhealthy", "reason": refusal.message}, status=503)
+        return _json({"status": "ok"})
 
     async def health_generate(self, _: web.Request) -> web.Response:
         """Send one token through this worker's own engine, without another worker."""
         options = RequestOptions(sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
         message = Generate(rid=f"health-{new_rid()}", input_ids=[0], options=options)
-        async with self._deadline(), self._engine.generate(message) as updates:
+        async with self._deadline(self._health_deadline_s), self._engine.generate(message) as updates:
             async for update in updates:
                 if isinstance(update, Failed):
                     raise ReportedError(update.error)
@@ -84,7 +93,7 @@ class WorkerControl:
     async def server_info(self, _: web.Request) -> web.Response:
         """Give this worker's limits and its engine's statistics."""
         ready = self._ready
-        async with self._deadline():
+        async with self._deadline(None):
             stats = await self._engine.stats()
         return _json(
             {
@@ -107,7 +116,7 @@ class WorkerControl:
 
     async def loads(self, _: web.Request) -> web.Response:
         """Say how much there is to do: open answers here, requests and pages in the engine."""
-        async with self._deadline():
+        async with self._deadline(None):
             stats = await self._engine.stats()
         return _json(
             {
@@ -122,13 +131,13 @@ class WorkerControl:
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Give the metrics in Prometheus's text format."""
-        async with self._deadline():
+        async with self._deadline(None):
             stats = await self._engine.stats()
         return web.Response(body=render_stats(stats, self._kind), content_type="text/plain")
 
     async def flush_cache(self, _: web.Request) -> web.Response:
         """Forget all cached prefixes; 400 if the engine refuses."""
-        async with self._deadline():
+        async with self._deadline(None):
             refusal = await self._engine.flush_cache()
         if refusal is not None:
             raise ReportedError(ErrorReport(status=400, message=refusal, code="busy", leg=leg_of(self._kind)))
@@ -158,5 +167,5 @@ class WorkerControl:
         }
 
 
-def _json(body: Reply) -> web.Response:
-    return web.Response(body=encode_json(body), content_type="application/json")
+def _json(body: Reply, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=encode_json(body), content_type="application/json")

@@ -1,20 +1,26 @@
 """The frontend's view of its engine: requests in, tokens and ends out, over one ZMQ channel.
 
-When the engine process ends, every request that is open fails at once; nothing waits for a process that is gone. It knows no
-HTTP. Neighbours: `common.wire.FrontendChannel`, `common.server.app` (its user).
+When the engine process ends, every request that is open fails at once; nothing waits for a process that is gone. An engine that
+is silent for too long, because it was stopped or hangs in a kernel, is as good as gone, but may come back: its requests fail and
+are aborted, and until it beats again it is sent no others. It knows no HTTP. Neighbours: `common.wire.FrontendChannel`,
+`common.server.app` (its user), `common.engine.beats` (what is listened for).
 """
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import NamedTuple, assert_never
+from typing import Final, NamedTuple, assert_never
 
 from msgspec.structs import replace
 
-from common.errors import RequestError, RequestFailed
+from common.config import EngineOptions
+from common.errors import DeadlineExceeded, LegFailed, RequestError, RequestFailed
 from common.messages import (
     Abort,
+    Beat,
     CacheFlushed,
     EngineReady,
     EngineToFrontend,
@@ -25,6 +31,8 @@ from common.messages import (
     FlushCache,
     Generate,
     GetStats,
+    Leg,
+    ReportedError,
     RowBlock,
     Shutdown,
     Stats,
@@ -32,6 +40,11 @@ from common.messages import (
     Tokens,
 )
 from common.wire import FrontendChannel
+
+log = logging.getLogger(__name__)
+
+# What came while this process itself was kept from running is read before the engine is blamed.
+_READING_S: Final = 0.1
 
 
 class Ended(NamedTuple):
@@ -47,30 +60,82 @@ Update = Tokens | Ended | Failed
 class EngineClient:
     """One engine's requests. All methods belong to one event loop."""
 
-    def __init__(self, channel: FrontendChannel) -> None:
+    def __init__(
+        self,
+        channel: FrontendChannel,
+        options: EngineOptions,
+        *,
+        leg: Leg | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._channel = channel
+        self._leg: Leg | None = leg
+        self._options = options
+        self._clock = clock
         self._runs: dict[str, str] = {}
         """What the engine knows each open rid by."""
         self._updates: dict[str, asyncio.Queue[Update]] = {}
         self._answers: dict[int, asyncio.Future[Stats | CacheFlushed]] = {}
         self._serials = itertools.count()
-        self._failure: str | None = None
+        self._heard_at = clock()
+        self._silence: ErrorReport | None = None
+        """Why the engine is sent nothing now: it is gone, or silent."""
+        self._crowding: ErrorReport | None = None
+        """Why it is sent no requests now, although it is alive: too many of its pages are in quarantine."""
         self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
+
+    @property
+    def refusal(self) -> ErrorReport | None:
+        """Why no request can be served now; None if the engine is well."""
+        return self._silence or self._crowding
 
     async def run(self) -> None:
         """Take in what the engine sends; runs until cancelled."""
         while True:
             message, frames = await self._channel.receive()
+            self._heard()
             self._dispatch(message, frames)
+
+    async def watch(self, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
+        """See that the engine is never silent for longer than its deadline; runs until cancelled."""
+        deadline_s = self._options.engine_deadline_s
+        self._heard_at = self._clock()
+        while True:
+            silent_s = self._clock() - self._heard_at
+            await sleep(max(0.0, deadline_s - silent_s) or deadline_s)
+            if self._clock() - self._heard_at < deadline_s:
+                continue
+            await sleep(_READING_S)
+            if self._silence is None and self._clock() - self._heard_at >= deadline_s:
+                self._on_silence(f"the engine has been silent for {deadline_s:g} s")
 
     def fail(self, message: str) -> None:
         """The engine is gone: end everything that is open, and refuse what comes."""
-        self._failure = message
+        self._silence = self._unavailable(message, "engine_ended")
+        self._fail_open(LegFailed(message, leg=self._leg, stage="engine"))
+
+    def _on_silence(self, message: str) -> None:
+        log.error("%s", message)
+        self._silence = self._unavailable(message, "engine_stuck")
+        for run in self._updates:
+            self._channel.send(Abort(run))  # if it comes back, it is to give everything back
+        self._fail_open(DeadlineExceeded(message, leg=self._leg, stage="engine"))
+
+    def _heard(self) -> None:
+        self._heard_at = self._clock()
+        if self._silence is not None and self._silence.code == "engine_stuck":
+            log.warning("the engine is back")
+            self._silence = None
+
+    def _fail_open(self, error: RequestFailed) -> None:
         for rid, queue in self._updates.items():
-            queue.put_nowait(Failed(rid, ErrorReport.of(RequestFailed(message, stage="engine"), rid=rid)))
+            queue.put_nowait(Failed(rid, ErrorReport.of(error, rid=rid)))
         for waiting in self._answers.values():
             if not waiting.done():
-                waiting.set_exception(RequestFailed(message, stage="engine"))
+                waiting.set_exception(error)
+
+    def _unavailable(self, message: str, code: str) -> ErrorReport:
+        return ErrorReport(status=503, message=message, code=code, leg=self._leg, stage="engine")
 
     @asynccontextmanager
     async def generate(self, message: Generate, *, num_ends: int = 1) -> AsyncIterator[AsyncIterator[Update]]:
@@ -78,12 +143,12 @@ class EngineClient:
 
         A decode engine ends each of n samples, a prefill engine all of them at once. Leaving the context early aborts all.
 
-        Raises RequestError if the rid is in use, RequestFailed if the engine is gone.
+        Raises RequestError if the rid is in use, ReportedError with status 503 if the engine is not well.
         """
         if message.rid in self._runs:
             raise RequestError("rid", f"{message.rid!r} is in use by another request")
-        if self._failure is not None:
-            raise RequestFailed(self._failure, stage="engine")
+        if (refusal := self.refusal) is not None:
+            raise ReportedError(replace(refusal, rid=message.rid))
         # The engine knows each run by a name of its own: when a client leaves and comes back with the same rid, what the
         # engine has said of the first run may still be on its way, and is not the second one's.
         run = f"{message.rid}~{next(self._serials)}"
@@ -122,14 +187,14 @@ class EngineClient:
         return rids
 
     async def stats(self) -> Stats:
-        """Ask the engine for its statistics; raises RequestFailed if it is gone."""
+        """Ask the engine for its statistics; raises ReportedError or RequestFailed if it is gone or silent."""
         serial = next(self._serials)
         stats = await self._ask(serial, GetStats(serial))
         assert isinstance(stats, Stats)
         return stats
 
     async def flush_cache(self) -> str | None:
-        """Have the engine forget its cached prefixes; returns why it did not. Raises RequestFailed if it is gone."""
+        """Have the engine forget its cached prefixes; returns why it did not. Raises as `stats` does."""
         serial = next(self._serials)
         flushed = await self._ask(serial, FlushCache(serial))
         assert isinstance(flushed, CacheFlushed)
@@ -140,8 +205,8 @@ class EngineClient:
         self._channel.send(Shutdown())
 
     async def _ask(self, serial: int, question: GetStats | FlushCache) -> Stats | CacheFlushed:
-        if self._failure is not None:
-            raise RequestFailed(self._failure, stage="engine")
+        if self._silence is not None:
+            raise ReportedError(self._silence)
         waiting = self._answers[serial] = asyncio.get_running_loop().create_future()
         try:
             self._channel.send(question)
@@ -158,6 +223,8 @@ class EngineClient:
                 waiting = self._answers.get(message.serial)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)
+            case Beat():
+                self._on_beat(message)
             case Tokens() | Failed():
                 self._put(message.rid, message)
             case Finished():
@@ -165,6 +232,11 @@ class EngineClient:
                 self._put(message.rid, Ended(message, rows))
             case _:
                 assert_never(message)
+
+    def _on_beat(self, beat: Beat) -> None:
+        is_crowded = beat.quarantined_pages > self._options.max_quarantine * beat.num_pages
+        message = f"{beat.quarantined_pages} of {beat.num_pages} KV pages are in quarantine"
+        self._crowding = self._unavailable(message, "quarantine_full") if is_crowded else None
 
     def _put(self, rid: str, update: Update) -> None:
         queue = self._updates.get(rid)

@@ -8,14 +8,14 @@ import asyncio
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import uvloop
 from msgspec import Struct
 from msgspec.structs import replace
 
-from common.config import ModelOptions, ServerOptions, to_flags
-from common.messages import WorkerKind
+from common.config import EngineOptions, ModelOptions, ServerOptions, to_flags
+from common.messages import WorkerKind, leg_of
 from common.models.config import resolve_checkpoint
 from common.observability.logging import configure_logging
 from common.process import EXIT_USAGE, ensure_port_free, spawn_async
@@ -27,6 +27,9 @@ from common.wire import FrontendChannel
 
 log = logging.getLogger(__name__)
 
+_LAST_WORDS_S: Final = 2.0
+"""How long the answers of requests that have ended, or have just been failed, may take to be written."""
+
 
 class WorkerConfig(Protocol):
     """What the frontend reads of a role's config."""
@@ -34,6 +37,10 @@ class WorkerConfig(Protocol):
     @property
     def model(self) -> ModelOptions:
         """Which model."""
+
+    @property
+    def engine(self) -> EngineOptions:
+        """When the engine counts as stuck."""
 
     @property
     def server(self) -> ServerOptions:
@@ -60,7 +67,7 @@ async def _serve(
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
         endpoint = f"ipc://{Path(folder) / 'engine'}"
         channel = FrontendChannel(endpoint)
-        engine = EngineClient(channel)
+        engine = EngineClient(channel, config.engine, leg=leg_of(kind))
         assert isinstance(config, Struct)
         # Anybody on this host can read a process's flags, and the engine has no use for the key.
         flags = to_flags(replace(config, server=replace(config.server, api_key="")))
@@ -68,9 +75,9 @@ async def _serve(
         receiving = asyncio.create_task(engine.run())
         exited = asyncio.create_task(process.wait())
         stopping = asyncio.create_task(stop.wait())
+        ends: set[asyncio.Task[Any]] = {exited, stopping, receiving}
         try:
-            beginnings: list[asyncio.Future[Any]] = [engine.ready, exited, stopping, receiving]
-            await asyncio.wait(beginnings, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({engine.ready, *ends}, return_when=asyncio.FIRST_COMPLETED)
             if engine.ready.done():
                 app = WorkerApp(
                     kind,
@@ -79,9 +86,10 @@ async def _serve(
                     tokenizer,
                     config.model,
                     config.server,
+                    config.engine,
                     bootstrap_port=bootstrap_port,
                 )
-                await _run_until_end(app, config, engine, {exited, stopping, receiving})
+                await _run_until_end(app, config.server, engine, ends, stopping)
             if receiving.done():
                 receiving.result()
             if stopping.done():
@@ -100,15 +108,31 @@ async def _serve(
 
 
 async def _run_until_end(
-    app: WorkerApp, config: WorkerConfig, engine: EngineClient, ends: "set[asyncio.Task[Any]]"
+    app: WorkerApp,
+    options: ServerOptions,
+    engine: EngineClient,
+    ends: "set[asyncio.Task[Any]]",
+    stopping: "asyncio.Task[Any]",
 ) -> None:
-    runner = await start_server(app.application(), config.server)
+    """Serve until one of `ends`. If it is `stopping`, what is open may end within the shutdown deadline; else it fails at once.
+
+    Either way whoever waits gets an answer before the connections are closed.
+    """
+    runner = await start_server(app.application(), options, shutdown_deadline_s=_LAST_WORDS_S)
+    watching = asyncio.create_task(engine.watch())
     try:
-        done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            if isinstance(task.result(), int):
-                engine.fail("the engine process has ended")
+        await asyncio.wait({watching, *ends}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done():
+            drained = asyncio.create_task(app.drain())
+            others = {drained, watching, *ends} - {stopping}
+            await asyncio.wait(others, timeout=options.shutdown_deadline_s, return_when=asyncio.FIRST_COMPLETED)
+            drained.cancel()
+        if watching.done():
+            watching.result()
     finally:
+        watching.cancel()
+        is_gone = any(end.done() for end in ends - {stopping})
+        engine.fail("the engine process has ended" if is_gone else "the worker is shutting down")
         await runner.cleanup()
 
 

@@ -20,6 +20,7 @@ from common.errors import TandemError
 from common.messages import ErrorReport, Leg
 from common.protocol.replies import error_body
 from common.server.bodies import Body
+from common.server.writing import WRITE_DEADLINE_S, ClientWriter
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,15 @@ Result = TypeVar("Result")
 
 _OPEN_PATHS: Final = frozenset(("/health", "/metrics"))
 _RETRY_AFTER_S: Final = 1
+
+
+def make_application(options: ServerOptions, leg: Leg | None = None) -> web.Application:
+    """Make an application without routes that refuses, fails and writes as all of ours do."""
+    app = web.Application(
+        client_max_size=options.max_body_bytes, middlewares=[answer_errors(leg), require_key(options.api_key)]
+    )
+    app[WRITE_DEADLINE_S] = options.write_deadline_s
+    return app
 
 
 def answer_errors(leg: Leg | None = None) -> Middleware:
@@ -103,35 +113,30 @@ class EventStream:
     """A server-sent event stream, begun by its first event; several tasks may send, and each event stays whole."""
 
     def __init__(self, request: web.Request) -> None:
-        self._request = request
         self._lock = asyncio.Lock()
         self._is_cut = False
         self.response = web.StreamResponse(headers={"Cache-Control": "no-cache"})
         self.response.content_type = "text/event-stream"
+        self._writer = ClientWriter(request, self.response)
 
     async def send(self, event: bytes) -> None:
         """Write one event."""
         async with self._lock:
-            await self._write(event)
+            await self._writer.write(event)
 
     async def send_body(self, event: Body) -> None:
         """Write one event that has rows, part by part."""
         async with self._lock:
             self._is_cut = True
             async for part in event.written():
-                await self._write(part)
+                await self._writer.write(part)
             self._is_cut = False
 
     async def end(self, event: bytes) -> None:
         """Write the last event and end the stream."""
         # Whoever wrote a large event may have been cancelled in the middle of it.
         await self.send(b"\n\n" + event if self._is_cut else event)
-        await self.response.write_eof()
-
-    async def _write(self, part: bytes | memoryview) -> None:
-        if not self.response.prepared:
-            await self.response.prepare(self._request)
-        await self.response.write(part)
+        await self._writer.end()
 
 
 def stop_on_signals() -> asyncio.Event:
@@ -142,14 +147,19 @@ def stop_on_signals() -> asyncio.Event:
     return stop
 
 
-async def start_server(app: web.Application, options: ServerOptions) -> web.AppRunner:
-    """Listen; the caller cleans the runner up, which lets running requests end within the shutdown deadline."""
+async def start_server(
+    app: web.Application, options: ServerOptions, *, shutdown_deadline_s: float | None = None
+) -> web.AppRunner:
+    """Listen; the caller cleans the runner up, which lets running requests end within the shutdown deadline.
+
+    By default that is the options'; a caller that has let them end before has only their last words to wait for.
+    """
     runner = web.AppRunner(
         app,
         access_log=None,
         # A client that leaves must cancel its handler, or its request would run on for nobody.
         handler_cancellation=True,
-        shutdown_timeout=options.shutdown_deadline_s,
+        shutdown_timeout=options.shutdown_deadline_s if shutdown_deadline_s is None else shutdown_deadline_s,
     )
     await runner.setup()
     await web.TCPSite(runner, options.host, options.port, backlog=1024).start()

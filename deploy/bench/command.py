@@ -5,6 +5,7 @@
     reply_format   making and reading a reply full of rows: msgpack over int32 JSON
     router_rate    requests/s through the router, over a worker asked directly and over the least that a proxy can do
     loop_stall     how long making a long reply blocks an event loop, over how long it blocks when idle
+    recovery       p99 with one of two prefill workers stopped, over before; how long a killed one is missing
 
 The two sides' rounds alternate, so a ratio holds on a busy machine too, where absolute times would not. Nothing is
 checked here; `deploy.replay` does that. Neighbours: `registry` (one file a benchmark), `figures` (table and JSON).

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from deploy.bench import loop_stall, reply_format, router_rate, rows_on_off, start_len
+from deploy.bench import loop_stall, recovery, reply_format, router_rate, rows_on_off, start_len
 from deploy.bench.figures import Figure
 from deploy.bench.options import BenchOptions
 
@@ -24,5 +24,6 @@ BENCHMARKS = {
         Benchmark("loop_stall", "how long a long reply blocks the event loops", loop_stall.run),
         Benchmark("router_rate", "requests/s through the router against less than the router", router_rate.run),
         Benchmark("rows_on_off", "output tokens/s with rows against without, on a whole stack", rows_on_off.run),
+        Benchmark("recovery", "what a stopped or killed worker costs, and for how long it is missing", recovery.run),
     )
 }

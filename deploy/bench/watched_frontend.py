@@ -12,7 +12,7 @@ import uvloop
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from common.config import ModelOptions, ServerOptions
+from common.config import EngineOptions, ModelOptions, ServerOptions
 from common.observability.logging import configure_logging
 from common.process import run_main, spawn_async, stop_process_async
 from common.server.app import WorkerApp
@@ -36,7 +36,7 @@ async def _serve(port: int, num_rows: int) -> None:
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
         endpoint = f"ipc://{Path(folder) / 'engine'}"
         channel = FrontendChannel(endpoint)
-        engine = EngineClient(channel)
+        engine = EngineClient(channel, EngineOptions(), leg="decode")
         process = await spawn_async("deploy.bench.stub_engine", [endpoint, str(num_rows)])
         receiving = asyncio.create_task(engine.run())
         try:
@@ -47,6 +47,7 @@ async def _serve(port: int, num_rows: int) -> None:
                 _tokenizer(),
                 ModelOptions(model="bench"),
                 ServerOptions(),
+                EngineOptions(),
                 bootstrap_port=None,
             )
             await serve_watched(app.application(), port)

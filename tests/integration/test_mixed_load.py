@@ -161,8 +161,6 @@ async def test_five_hundred_requests(
         "--prefill.chunked-prefill-tokens=96",
         "--decode.kv-pool-tokens=512",
         "--context-tokens=512",
-        # A client may leave between its two legs' starts; the prompt that nobody asks for then waits for its lease.
-        "--lease-s=20",
     ]
     async with make_stack(flags, log_file=tmp_path / "log") as stack, Client(stack.url) as client:
         client.session._timeout = aiohttp.ClientTimeout(total=120)

@@ -83,6 +83,26 @@ def test_a_child_that_dies_takes_the_others_with_it_and_is_named(launcher: Launc
         child.wait_gone()
 
 
+def test_with_restart_a_child_that_dies_comes_back_alone(checkpoint: Path) -> None:
+    launcher = Launcher(checkpoint, "--restart")
+    try:
+        children = launcher.wait_ready()
+        os.kill(children["decode-0"].pid, signal.SIGKILL)
+        children["decode-0"].wait_gone()
+        while (again := started_pids(launcher.log.read_text()))["decode-0"] == children["decode-0"].pid:
+            assert launcher.process.poll() is None
+        children["decode-0"] = Watched(again["decode-0"])
+        assert again == {name: child.pid for name, child in children.items()}
+        launcher.process.terminate()
+        code, out, log = launcher.wait_exit()
+        assert (code, out) == (0, ""), log
+        assert "decode-0 was killed by SIGKILL; it is started again in 0.2 s" in log
+        for child in children.values():
+            child.wait_gone()
+    finally:
+        end(launcher.process)
+
+
 def test_no_child_outlives_a_launcher_that_was_killed(launcher: Launcher) -> None:
     children = launcher.wait_ready()
     launcher.process.kill()

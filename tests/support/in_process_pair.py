@@ -161,13 +161,22 @@ class InProcessPair:
 
     # ---------------------------------------------------------------------------------------- driving
 
-    def submit(self, rid: str, prompt: list[int], options: RequestOptions, *, decode_first: bool = False) -> None:
-        """Start both legs of one sample, in either order."""
+    def submit(
+        self,
+        rid: str,
+        prompt: list[int],
+        options: RequestOptions,
+        *,
+        decode_first: bool = False,
+        legs: tuple[str, ...] = ("prefill", "decode"),
+    ) -> None:
+        """Start both legs of one sample, in either order, or one of them alone."""
         n = options.sampling.n
         bootstrap = Bootstrap(host="prefill", port=1, rooms=tuple(itertools.islice(self._rooms, n)))
         self.prompts[rid] = prompt
         message = Generate(rid=rid, input_ids=prompt, options=options, bootstrap=bootstrap)
-        for side in reversed(self.sides) if decode_first else self.sides:
+        sides = [side for name, side in (("prefill", self.prefill), ("decode", self.decode)) if name in legs]
+        for side in reversed(sides) if decode_first else sides:
             side.legs[rid] = Leg(num_ends=n if side is self.decode else 1)
             side.role.handle(message)
 
@@ -184,6 +193,13 @@ class InProcessPair:
             side.role.poll()
             busy |= side.loop.turn()
         return busy
+
+    def sleep(self, seconds: float, step_s: float = 0.5) -> None:
+        """Let time pass, in steps that are short beside heartbeats and deadlines."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, self.now + step_s)
+            self.settle()
 
     def settle(self, turns: int = 6) -> None:
         """Turn until nothing has happened for a few turns."""

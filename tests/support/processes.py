@@ -1,10 +1,12 @@
-"""Waiting for processes without sleeping: until one is gone, until it has printed a line; each with a deadline."""
+"""Waiting without sleeping: until a process is gone, has printed a line, until something holds; each with a deadline."""
 
+import asyncio
 import os
 import re
 import select
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 DEADLINE_S = 60.0
@@ -25,6 +27,15 @@ class Watched:
             assert readable, f"process {self.pid} is still there after {deadline_s} s"
         finally:
             os.close(self._fd)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Return in the event loop's turn in which the condition has become true."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0)
 
 
 def read_line(process: subprocess.Popen[bytes], deadline_s: float = DEADLINE_S) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from common.config import ModelOptions, ServerOptions
+from common.config import EngineOptions, ModelOptions, ServerOptions
 from common.messages import (
     EngineReady,
     EngineToFrontend,
@@ -17,12 +17,13 @@ from common.messages import (
     FinishReason,
     FrontendToEngine,
     Generate,
-    Leg,
     PageCounts,
     RowBlock,
     Stats,
     Tokens,
     TopLogprobs,
+    WorkerKind,
+    leg_of,
 )
 from common.server.app import WorkerApp
 from common.server.engine_client import EngineClient
@@ -150,12 +151,52 @@ class ScriptedEngine(FrontendChannel):
         )
 
 
+class Clock:
+    """Time that passes when the test says so."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._sleepers: list[tuple[float, asyncio.Future[None]]] = []
+
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return self._now
+
+    async def sleep(self, duration_s: float) -> None:
+        """Sleep until so much time has passed."""
+        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._sleepers.append((self._now + duration_s, woken))
+        await woken
+
+    async def advance(self, duration_s: float) -> None:
+        """Let time pass; returns when everybody sleeps again whose sleep has ended meanwhile."""
+        until = self._now + duration_s
+        await asyncio.sleep(0)
+        while due := [sleeper for sleeper in self._sleepers if sleeper[0] <= until]:
+            first = min(due, key=lambda sleeper: sleeper[0])
+            self._sleepers.remove(first)
+            self._now = max(self._now, first[0])
+            first[1].set_result(None)
+            await asyncio.sleep(0)
+        self._now = until
+
+
 class Worker:
     """A frontend that serves, its engine, and a client."""
 
-    def __init__(self, engine: ScriptedEngine, client: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        engine: ScriptedEngine,
+        client: aiohttp.ClientSession,
+        clock: Clock,
+        app: WorkerApp,
+        engine_client: EngineClient,
+    ) -> None:
         self.engine = engine
         self.client = client
+        self.clock = clock
+        self.app = app
+        self.engine_client = engine_client
 
     async def post(self, path: str = "/generate", *, msgpack: bool = False, **body: Any) -> tuple[int, Any]:
         """POST: status and decoded body."""
@@ -182,11 +223,16 @@ class Worker:
 
 @asynccontextmanager
 async def scripted_worker(
-    leg: Leg = "decode", *, headers: dict[str, str] | None = None, **server: Any
+    leg: WorkerKind = "decode",
+    *,
+    headers: dict[str, str] | None = None,
+    options: EngineOptions = EngineOptions(),  # noqa: B008  it is frozen
+    **server: Any,
 ) -> AsyncIterator[Worker]:
     """Serve one worker; a test that hangs fails after 20 s."""
     engine = ScriptedEngine()
-    client = EngineClient(engine)
+    clock = Clock()
+    client = EngineClient(engine, options, leg=leg_of(leg), clock=clock.now)
     app = WorkerApp(
         leg,
         client,
@@ -194,15 +240,16 @@ async def scripted_worker(
         TOKENIZER,
         ModelOptions(model="demo"),
         ServerOptions(**server),
+        options,
         bootstrap_port=None,
     )
-    running = asyncio.create_task(client.run())
+    running = asyncio.gather(client.run(), client.watch(sleep=clock.sleep))
     try:
         async with (
             asyncio.timeout(20),
             serving(app.application()) as url,
             aiohttp.ClientSession(url, headers=headers) as session,
         ):
-            yield Worker(engine, session)
+            yield Worker(engine, session, clock, app, client)
     finally:
         running.cancel()

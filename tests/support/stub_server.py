@@ -1,6 +1,8 @@
 """A stand-in for a worker or the router: takes their flags, answers the health paths, and can misbehave."""
 
+import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 from aiohttp import ClientSession, web
@@ -8,7 +10,7 @@ from msgspec import Struct
 
 from common.config import EngineOptions, ModelOptions, ServerOptions, option, parse_config
 from common.errors import UsageError
-from common.process import run_main
+from common.process import ensure_port_free, run_main
 
 
 class StubOptions(Struct, frozen=True, kw_only=True):
@@ -17,6 +19,34 @@ class StubOptions(Struct, frozen=True, kw_only=True):
     fault: Annotated[
         Literal["none", "usage", "crash", "unhealthy"], option("fail with exit code 2 or 3, or never be healthy")
     ] = "none"
+    sick_file: Annotated[str, option("be unhealthy if this file exists at the start; empty: never")] = ""
+    lasting_child: Annotated[bool, option("have a child that does not die with this process")] = False
+    refusing_file: Annotated[str, option("fail with exit code 2 while this file exists; empty: never")] = ""
+
+
+class Health:
+    """What /health answers. POST /misbehave?status=S&text=T&count=N changes the next N answers; GET /misbehaved counts those."""
+
+    def __init__(self, fault: str) -> None:
+        self._text = fault
+        self._status = 500
+        self._num_left = sys.maxsize if fault in ("sick", "unhealthy") else 0
+        self._num_given = 0
+
+    async def misbehave(self, request: web.Request) -> web.Response:
+        query = request.query
+        self._status, self._text, self._num_left = int(query["status"]), query["text"], int(query["count"])
+        return web.Response()
+
+    async def misbehaved(self, request: web.Request) -> web.Response:
+        return web.json_response(self._num_given)
+
+    async def answer(self, request: web.Request) -> web.Response:
+        if self._num_left == 0:
+            return web.Response()
+        self._num_left -= 1
+        self._num_given += 1
+        return web.Response(status=self._status, text=self._text)
 
 
 class StubPrefillOptions(Struct, frozen=True, kw_only=True):
@@ -87,13 +117,14 @@ def main(argv: list[str]) -> int:
     else:
         decode = parse_config(StubDecodeConfig, argv, prog="stub", description="")
         server, stub = decode.server, decode.stub
-    if stub.fault == "usage":
+    if stub.fault == "usage" or (stub.refusing_file and Path(stub.refusing_file).exists()):
         raise UsageError("this stub cannot be used")
     if stub.fault == "crash":
         return 3
 
-    async def health(request: web.Request) -> web.Response:
-        return web.Response(status=500 if stub.fault == "unhealthy" else 200, text=stub.fault)
+    ensure_port_free(server.host, server.port)
+    is_sick = bool(stub.sick_file) and Path(stub.sick_file).exists()
+    health = Health("sick" if is_sick else stub.fault)
 
     async def health_generate(request: web.Request) -> web.Response:
         async with ClientSession() as session:
@@ -102,8 +133,17 @@ def main(argv: list[str]) -> int:
                     response.raise_for_status()
         return web.Response()
 
+    if stub.lasting_child:
+        subprocess.Popen(["sleep", "100"])
     app = web.Application()
-    app.add_routes([web.get("/health", health), web.get("/health_generate", health_generate)])
+    app.add_routes(
+        [
+            web.get("/health", health.answer),
+            web.post("/misbehave", health.misbehave),
+            web.get("/misbehaved", health.misbehaved),
+            web.get("/health_generate", health_generate),
+        ]
+    )
     web.run_app(app, host=server.host, port=server.port, print=None)
     print("the stub has stopped", file=sys.stderr)
     return 0

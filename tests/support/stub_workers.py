@@ -6,7 +6,7 @@ answer can be computed beside it. It waits for nothing but events.
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,9 @@ class StubWorker:
     abort_arrived: asyncio.Event = field(default_factory=asyncio.Event)
     authorizations: list[str | None] = field(default_factory=list)
     flush_status: int = 200
+    health: tuple[int, dict[str, str]] | None = (200, {})
+    """What GET /health answers; None: nothing, ever."""
+    health_asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
         """Serve POST /generate."""
@@ -106,6 +109,15 @@ class StubWorker:
             self.num_cancelled += 1
             self.cancelled.set()
             raise
+
+    async def get_health(self, request: web.Request) -> web.Response:
+        """Serve GET /health."""
+        self.health_asked.set()
+        if self.health is None:
+            await asyncio.Event().wait()
+        assert self.health is not None
+        status, answer = self.health
+        return web.json_response(answer, status=status)
 
     async def abort_request(self, request: web.Request) -> web.Response:
         """Serve POST /abort_request."""
@@ -235,14 +247,24 @@ async def reset(stub: StubWorker, request: web.Request, sample: Sample) -> web.S
     raise AssertionError
 
 
+async def reset_in_reply(stub: StubWorker, request: web.Request, sample: Sample) -> web.StreamResponse:
+    """Begin to answer, and lose the connection before there is anything of use."""
+    response = web.StreamResponse(headers={"Content-Length": "1000"})
+    await response.prepare(request)
+    await response.write(b"data: {")
+    return await reset(stub, request, sample)
+
+
 async def garbage(stub: StubWorker, request: web.Request, sample: Sample) -> web.StreamResponse:
     """Answer 200 with what is no reply."""
     return web.Response(body=b"\xc1 nonsense")
 
 
-def refuse(status: int, message: str = "no", code: str = "internal") -> Behaviour:
+def refuse(
+    status: int, message: str = "no", code: str = "internal", *, leg: Leg | None = None, stage: str = "forward"
+) -> Behaviour:
     """Answer with an error."""
-    report = ErrorReport(status=status, message=message, code=code, stage="forward")
+    report = ErrorReport(status=status, message=message, code=code, leg=leg, stage=stage)
     if status == 400:
         report = ErrorReport.of(RequestError("input_ids", message))
 
@@ -312,10 +334,11 @@ async def send_progress(response: web.StreamResponse, sample: Sample, *, num_tok
 
 @dataclass
 class Stack:
-    """A router and its stubs, and a client for it."""
+    """A router and its stubs, the first pair and all of them, and a client for it."""
 
     prefill: StubWorker
     decode: StubWorker
+    pairs: list[tuple[StubWorker, StubWorker]]
     client: aiohttp.ClientSession
     url: str
 
@@ -339,19 +362,35 @@ async def stack(
     *,
     prefill: Behaviour | None = None,
     decode: Behaviour | None = None,
+    num_pairs: int = 1,
     deadline_s: float = 30.0,
     router: dict[str, Any] | None = None,
     server: dict[str, Any] | None = None,
 ) -> AsyncIterator[Stack]:
-    """Start two stubs, a router for them and a client. A router that hangs fails its test after 20 s."""
-    stubs = StubWorker("prefill", prefill), StubWorker("decode", decode)
-    async with asyncio.timeout(20), serving_stub(stubs[0]), serving_stub(stubs[1]):
+    """Start pairs of stubs, of which all but the first one behave well, a router for them and a client.
+
+    Pairs take turns, the first one first. Unless `router` has options that say otherwise nothing is tried again and nobody
+    is asked for its health, so that a test sees each failure once. A router that hangs fails its test after 20 s.
+    """
+    async with asyncio.timeout(20), AsyncExitStack() as stubs:
+        pairs = []
+        for index in range(num_pairs):
+            behaviours = (prefill, decode) if index == 0 else (None, None)
+            pair = StubWorker("prefill", behaviours[0]), StubWorker("decode", behaviours[1])
+            for stub in pair:
+                await stubs.enter_async_context(serving_stub(stub))
+            pairs.append(pair)
+        quiet: dict[str, Any] = {"policy": "round_robin", "max_retries": 0, "health_interval_s": 3600.0}
         config = RouterConfig(
-            router=RouterOptions(prefill=((stubs[0].url, 8998),), decode=(stubs[1].url,), **router or {}),
+            router=RouterOptions(
+                prefill=tuple((one.url, 8998) for one, _ in pairs),
+                decode=tuple(one.url for _, one in pairs),
+                **quiet | (router or {}),
+            ),
             server=ServerOptions(request_deadline_s=deadline_s, **server or {}),
         )
         async with serving(await create_app(config)) as url, aiohttp.ClientSession(url) as client:
-            yield Stack(*stubs, client, url)
+            yield Stack(*pairs[0], pairs, client, url)
 
 
 @asynccontextmanager
@@ -370,7 +409,8 @@ async def serving_stub(stub: StubWorker) -> AsyncIterator[StubWorker]:
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/generate", stub.generate)
     app.router.add_post("/abort_request", stub.abort_request)
-    for path in ("/health", "/model_info", "/v1/loads"):
+    app.router.add_get("/health", stub.get_health)
+    for path in ("/model_info", "/v1/loads"):
         app.router.add_get(path, ok)
     app.router.add_get("/server_info", server_info)
     app.router.add_post("/flush_cache", flush)

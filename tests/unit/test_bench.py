@@ -52,7 +52,7 @@ def check_shape(figures: list[Figure], name: str, *, rounds: int) -> None:
 
 
 def test_every_benchmark_has_its_own_name() -> None:
-    assert sorted(BENCHMARKS) == ["loop_stall", "reply_format", "router_rate", "rows_on_off", "start_len"]
+    assert sorted(BENCHMARKS) == ["loop_stall", "recovery", "reply_format", "router_rate", "rows_on_off", "start_len"]
     assert all(name == each.name and each.description for name, each in BENCHMARKS.items())
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from common.engine import collector as collector_module
 from common.engine.collector import RowCollector, Rows
+from common.errors import RowsError
 from common.memory.layout import slots_of
 from common.memory.page_allocator import PageAllocator
 from common.messages import Generate, RequestOptions, RowBlock
@@ -150,3 +151,35 @@ def test_an_early_copy_ends_with_its_request(monkeypatch: pytest.MonkeyPatch):
     assert not case.collector.holds(request)
     case.collector.forget(request)
     assert not case.collector._early
+
+
+# ------------------------------------------------------------------------------------------------ whatever goes wrong
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_any_error_fails_the_request_alone(monkeypatch: pytest.MonkeyPatch, in_thread: bool, is_begun: bool):
+    """Not the process: what cannot be gathered is answered with an error, and the next one's rows come as ever."""
+
+    class Broken(HostCache):
+        is_broken = True
+
+        def read(self, slots: Any) -> Any:
+            if self.is_broken:
+                raise MemoryError("no room")
+            return super().read(slots)
+
+    case = Case(monkeypatch, 9, Broken)
+    if not in_thread:
+        monkeypatch.setattr(collector_module, "_SMALL_BYTES", 1 << 20)
+    request, rows = case.request(12)
+    if is_begun:
+        case.collector.begin(request, 0, 8)
+    answer = case.collect(request, 0, 12)
+    assert isinstance(answer, RowsError)
+    assert (answer.status, "MemoryError: no room" in str(answer)) == (500, True)
+    assert not case.collector.holds(request)
+    assert case.collector.num_refused == 1
+    assert isinstance(case.cache, Broken)
+    case.cache.is_broken = False
+    check(case.collect(request, 0, 12), rows, 0)

@@ -102,6 +102,11 @@ def test_every_bound(role: type[Struct], name: str, tmp_path: Path):
         ("lease_s", 0.0),
         ("request_deadline_s", -1.0),
         ("max_body_bytes", 1023),
+        ("max_quarantine", 0.0),
+        ("max_quarantine", 1.1),
+        ("watchdog_s", 0.0),
+        ("engine_deadline_s", 2.0),
+        ("write_deadline_s", 0.0),
     ],
 )
 def test_bounds_that_must_be_there(name: str, value: float):
@@ -111,7 +116,7 @@ def test_bounds_that_must_be_there(name: str, value: float):
 
 
 @pytest.mark.parametrize(("role", "name"), NUMBERS)
-@pytest.mark.parametrize("value", ["nan", "x", "", "1.5.0", "true"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "x", "", "1.5.0", "true"])
 def test_what_is_no_number_is_refused(role: type[Struct], name: str, value: str):
     with pytest.raises(UsageError, match=f"^{flag(name)} "):
         parse(role, *REQUIRED[role], f"{flag(name)}={value}")
@@ -257,6 +262,8 @@ def test_repeatable_options_that_are_malformed(argv: list[str], name: str):
         ("page_size = 1.5", "--page-size"),
         ("page_size = true", "--page-size"),
         ("lease_s = nan", "--lease-s"),
+        ("lease_s = inf", "--lease-s"),
+        ("request_deadline_s = +inf", "--request-deadline-s inf: expected a finite number"),
         ("model = 5", "--model"),
         ("model = 2024-01-01", "--model"),
         ('overlap = "maybe"', "--overlap"),

@@ -7,7 +7,8 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from common.errors import RequestError, RequestFailed
+from common.config import EngineOptions
+from common.errors import LegFailed, RequestError
 from common.messages import (
     Abort,
     EngineReady,
@@ -20,6 +21,7 @@ from common.messages import (
     Generate,
     GetStats,
     PageCounts,
+    ReportedError,
     RequestOptions,
     RowHeader,
     Shutdown,
@@ -135,7 +137,7 @@ async def both(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Both]:
     endpoint = f"ipc://{tmp_path_factory.mktemp('client')}/s"
     channel = FrontendChannel(endpoint)
     engine = ScriptedEngine(endpoint)
-    client = EngineClient(channel)
+    client = EngineClient(channel, EngineOptions(), leg="decode")
     running = asyncio.create_task(client.run())
     yield Both(client, engine)
     running.cancel()
@@ -287,13 +289,14 @@ async def test_a_dead_engine_ends_all_that_is_open(both: Both):
         [failed] = updates
         assert isinstance(failed, Failed)
         assert (failed.rid, failed.error.rid, failed.error.stage) == (f"r{number}", f"r{number}", "engine")
-        assert (failed.error.status, failed.error.message) == (500, "the engine has exited with 9")
-    with pytest.raises(RequestFailed, match="exited with 9"):
+        assert (failed.error.status, failed.error.code, failed.error.leg) == (502, "leg_failed", "decode")
+        assert failed.error.message == "the engine has exited with 9"
+    with pytest.raises(LegFailed, match="exited with 9"):
         await asyncio.wait_for(waiting, DEADLINE_S)
-    with pytest.raises(RequestFailed, match="exited with 9"):
-        await both.run(message_of("later", 1))
-    with pytest.raises(RequestFailed, match="exited with 9"):
-        await asyncio.wait_for(both.client.stats(), DEADLINE_S)
+    for later in (both.run(message_of("later", 1)), both.client.stats()):
+        with pytest.raises(ReportedError, match="exited with 9") as raised:
+            await asyncio.wait_for(later, DEADLINE_S)
+        assert (raised.value.report.status, raised.value.report.code) == (503, "engine_ended")
 
 
 async def test_stats_are_matched_by_their_serial(both: Both):

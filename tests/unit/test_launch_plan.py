@@ -41,6 +41,21 @@ def test_the_children_know_each_others_addresses(model: str) -> None:
     ]
 
 
+def test_every_address_that_a_child_listens_on_is_known(model: str) -> None:
+    """So that it is started again only once they are free."""
+    stack = commands(plan(model, "--port=8123", "--host=0.0.0.0"))
+    assert stack["prefill-0"].addresses == [("127.0.0.1", 9000), ("127.0.0.1", 9002)]
+    assert stack["decode-0"].addresses == [("127.0.0.1", 9001)]
+    assert stack["router"].addresses == [("0.0.0.0", 8123)]
+
+
+def test_how_a_stack_is_watched(model: str) -> None:
+    launch = plan(model).launch
+    assert (launch.restart, launch.max_restarts, launch.fence_deadline_s) == (False, 10, 60.0)
+    launch = plan(model, "--restart", "--max-restarts=0", "--fence-deadline-s=2.5").launch
+    assert (launch.restart, launch.max_restarts, launch.fence_deadline_s) == (True, 0, 2.5)
+
+
 def test_a_plain_option_goes_to_all_that_have_it(model: str) -> None:
     stack = commands(
         plan(
@@ -85,6 +100,8 @@ def test_a_prefixed_option_goes_to_one_role(model: str) -> None:
         (["--prefill.port=1"], "--prefill.port: the launcher chooses"),
         (["--bootstrap-port=1"], "--bootstrap-port: the launcher chooses"),
         (["--device=tpu"], "--device"),
+        (["--max-restarts=-1"], "--max-restarts"),
+        (["--fence-deadline-s=0"], "--fence-deadline-s"),
         (["--config=/nowhere.toml"], "--config /nowhere.toml"),
     ],
 )

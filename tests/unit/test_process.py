@@ -1,19 +1,26 @@
 """Entry, end and children of a process; the ends are real ones, waited for through pipes and pidfds."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
+from common import process
 from common.errors import UsageError
+from common.messages import ProcessMark
 from common.process import (
     PARENT_PID_VARIABLE,
     ensure_port_free,
     free_port,
     free_ports,
+    is_gone,
+    own_mark,
     run_main,
     spawn,
     spawn_async,
@@ -135,3 +142,38 @@ def test_free_ports_are_free_and_different() -> None:
     assert len(set(ports)) == 20
     for port in [*ports, free_port()]:
         ensure_port_free("127.0.0.1", port)
+
+
+# ------------------------------------------------------------------------------------------------ who is alive
+
+
+def mark_of(pid: int) -> ProcessMark:
+    started = process._start_of(pid)
+    assert started is not None
+    return replace(own_mark(), pid=pid, started_ticks=started)
+
+
+def test_a_process_is_gone_when_it_has_ended_and_not_before():
+    """Stopped is not gone; a zombie is, which nobody has waited for yet."""
+    child = spawn("tests.support.child", ["sleep"], stdout=subprocess.PIPE)
+    assert read_line(child) == "up"
+    mark = mark_of(child.pid)
+    child.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    assert not is_gone(mark)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert is_gone(mark), "it is a zombie"
+    end(child)
+    assert is_gone(mark)
+
+
+def test_another_process_with_the_same_number_is_not_the_same():
+    assert not is_gone(own_mark())
+    assert is_gone(replace(own_mark(), started_ticks=own_mark().started_ticks + 1))
+
+
+@pytest.mark.parametrize("field", [{"boot_id": "elsewhere"}, {"pid_namespace": 1}])
+def test_of_a_process_elsewhere_nothing_is_known(field: dict[str, Any]):
+    """No process here has that number; it may run all the same."""
+    assert not is_gone(replace(own_mark(), pid=2**22 + 1, **field))

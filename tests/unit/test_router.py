@@ -12,7 +12,8 @@ from common.config import ServerOptions
 from common.errors import UsageError
 from common.routed_experts.codec import rows_from_reply
 from router.config import RouterConfig, RouterOptions, parse_router_config
-from router.membership import Membership, Worker
+from router.leg_run import leg_on
+from router.membership import Membership
 from router.policy import make_policy
 from tests.support import stub_workers as stubs
 from tests.support.rows import SPEC
@@ -256,7 +257,7 @@ async def test_a_worker_that_is_not_there(leg):
         gone = url.rsplit(":", 1)[0] + ":1"
         options = {"prefill": ((running.prefill.url, 8998),), "decode": (running.decode.url,)}
         options[leg] = ((gone, 8998),) if leg == "prefill" else (gone,)
-        app = await stubs.create_app(RouterConfig(router=RouterOptions(**options)))
+        app = await stubs.create_app(RouterConfig(router=RouterOptions(**options, max_retries=0)))
         async with stubs.serving(app) as router, running.client.post(f"{router}/generate", json=body()) as response:
             error = (await response.json())["error"]
             assert (response.status, error["leg"], error["stage"]) == (502, leg, "connect")
@@ -804,11 +805,11 @@ def test_flags_that_cannot_be_used(argv):
 
 
 def test_policies():
-    workers = [Worker("http://a:1", "decode"), Worker("http://b:1", "decode"), Worker("http://c:1", "decode")]
+    workers = Membership(RouterOptions(decode=("http://a:1", "http://b:1", "http://c:1"))).workers
     round_robin = make_policy("round_robin")
     assert [round_robin(workers) for _ in range(4)] == [*workers, workers[0]]
     least_loaded = make_policy("least_loaded")
-    with workers[0].busy(), workers[0].busy(), workers[1].busy():
+    with leg_on(workers[0]), leg_on(workers[0]), leg_on(workers[1]):
         assert least_loaded(workers) is workers[2]
     assert {least_loaded(workers).url for _ in range(3)} == {worker.url for worker in workers}
     assert make_policy("random")(workers) in workers
@@ -816,4 +817,5 @@ def test_policies():
 
 def test_an_ipv6_worker_has_a_bare_host():
     membership = Membership(RouterOptions(prefill=(("http://[::1]:7000/", 1),), decode=("http://b:1",)))
-    assert (membership.prefill[0].host, membership.prefill[0].url) == ("::1", "http://[::1]:7000")
+    prefill = membership.pick("prefill")
+    assert (prefill.host, prefill.url) == ("::1", "http://[::1]:7000")

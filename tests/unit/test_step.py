@@ -108,9 +108,10 @@ def test_scores_and_likeliest_tokens_reach_those_who_asked_for_them():
 def test_tokens_and_entries_must_agree(num_tokens: int):
     """One token too few or too many is a defect, not a shifted or shortened answer."""
     copies = Copies(rows=make_rows(SPEC, 2), tokens=range(num_tokens), logprobs=[0.0] * num_tokens)
-    launched, _, _ = launch(plan_of((1, 1), (1, 1)), copies)
+    launched, cache, slots = launch(plan_of((1, 1), (1, 1)), copies)
     with pytest.raises(AssertionError):
         launched.settle()
+    assert not cache.read(slots)[1].any(), "a step that failed has rows"
 
 
 @pytest.mark.parametrize(("num_tokens", "num_logprobs"), [(2, 1), (1, 2), (2, 3), (3, 2)])

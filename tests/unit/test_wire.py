@@ -8,10 +8,12 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+import zmq
 
-from common.errors import UsageError
+from common.errors import TransferError, UsageError
 from common.messages import (
     Abort,
+    Beat,
     Bootstrap,
     CacheFlushed,
     DecodeToPrefill,
@@ -27,6 +29,8 @@ from common.messages import (
     FrontendToEngine,
     Generate,
     GetStats,
+    Heartbeat,
+    HeartbeatReply,
     Hello,
     HelloReply,
     KvAbort,
@@ -36,6 +40,7 @@ from common.messages import (
     PageCounts,
     PoolInfo,
     PrefillToDecode,
+    ProcessMark,
     RequestOptions,
     SamplingParams,
     Shutdown,
@@ -58,6 +63,7 @@ OPTIONS = RequestOptions(
 POOL = PoolInfo(
     base_address=2**63, num_pages=4, page_bytes=8, page_size=2, device_id=1, memory="VRAM", layout="page[head=2]"
 )
+MARK = ProcessMark(boot_id="b", pid_namespace=1, pid=2, started_ticks=3)
 ERROR = ErrorReport(status=502, message="nö", code="leg_failed", leg="decode", stage="transfer", rid="r")
 
 TO_ENGINE: list[FrontendToEngine] = [
@@ -115,16 +121,19 @@ TO_FRONTEND: list[EngineToFrontend] = [
         dropped_messages=12,
         swaps=13,
     ),
+    Beat(num_steps=1, quarantined_pages=2, num_pages=3),
     CacheFlushed(7),
     CacheFlushed(8, "1 requests are running"),
 ]
 TO_PREFILL: list[DecodeToPrefill] = [
-    Hello(peer="decode-1", protocol=1, agent_metadata=b"\x00\xff", pool=POOL, weight_version="w"),
-    KvRequest(room=2**63 - 1, generation=1, pages=[3, 1], prompt_tokens=5, prompt_digest=b"\x01" * 16),
-    KvAbort(room=5, generation=2),
+    Hello(peer="decode-1", process=MARK, protocol=1, agent_metadata=b"\x00\xff", pool=POOL, weight_version="w"),
+    Heartbeat([1, 2**63 - 1]),
+    KvRequest(to="p", room=2**63 - 1, generation=1, pages=[3, 1], prompt_tokens=5, prompt_digest=b"\x01" * 16),
+    KvAbort(to="p", room=5, generation=2),
 ]
 TO_DECODE: list[PrefillToDecode] = [
-    HelloReply(peer="prefill-1", refusal="layouts differ"),
+    HelloReply(peer="prefill-1", process=MARK, refusal="layouts differ"),
+    HeartbeatReply("prefill-1", is_paired=True),
     KvDone(
         room=1,
         generation=2,
@@ -148,10 +157,10 @@ GARBAGE: list[bytes] = [
     # No UTF-8 where a string belongs, and nesting without an end: msgspec has other errors for these.
     msgspec.msgpack.encode(Abort("abc")).replace(b"abc", b"\xff\xfe\xfd"),
     msgspec.msgpack.encode(Failed("abc", ERROR)).replace(b"abc", b"\xff\xfe\xfd"),
-    msgspec.msgpack.encode(HelloReply(peer="abc")).replace(b"abc", b"\xff\xfe\xfd"),
-    msgspec.msgpack.encode(Hello(peer="abc", protocol=1, agent_metadata=b"", pool=POOL, weight_version="")).replace(
-        b"abc", b"\xff\xfe\xfd"
-    ),
+    msgspec.msgpack.encode(HelloReply(peer="abc", process=MARK)).replace(b"abc", b"\xff\xfe\xfd"),
+    msgspec.msgpack.encode(
+        Hello(peer="abc", process=MARK, protocol=1, agent_metadata=b"", pool=POOL, weight_version="")
+    ).replace(b"abc", b"\xff\xfe\xfd"),
     *(
         bytes([0x82])
         + msgspec.msgpack.encode("type")
@@ -261,17 +270,24 @@ async def test_the_engine_drops_and_counts_what_does_not_decode(channels: tuple[
 class Control:
     """A listener, and dialers to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, secret: bytes = b"") -> None:
+        self.secret = secret
         self.port = free_port()
         self.address = f"127.0.0.1:{self.port}"
-        self.listener: ControlListener[DecodeToPrefill, PrefillToDecode] = ControlListener(
-            "127.0.0.1", self.port, DecodeToPrefill
-        )
+        self.listener = self.listen()
         self.dialers: list[ControlDialer[PrefillToDecode, DecodeToPrefill]] = []
 
-    def dial(self, peer_id: str) -> ControlDialer[PrefillToDecode, DecodeToPrefill]:
-        self.dialers.append(ControlDialer(peer_id, PrefillToDecode))
-        return self.dialers[-1]
+    def dial(self, peer_id: str, secret: bytes = b"") -> ControlDialer[PrefillToDecode, DecodeToPrefill]:
+        """Make a dialer that is connected, if its secret is right."""
+        dialer: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(peer_id, PrefillToDecode, secret=secret)
+        self.dialers.append(dialer)
+        dialer.dial(self.address)
+        if secret == self.secret:
+            assert drain(dialer.changes, dialer.wait, 1) == [(self.address, True)]
+        return dialer
+
+    def listen(self) -> ControlListener[DecodeToPrefill, PrefillToDecode]:
+        return ControlListener("127.0.0.1", self.port, DecodeToPrefill, secret=self.secret)
 
     def at_listener(self, count: int) -> list[tuple[str, DecodeToPrefill]]:
         return drain(self.listener.receive, self.listener.wait, count)
@@ -308,13 +324,13 @@ def test_every_control_message_arrives_with_its_sender(control: Control):
 def test_the_listener_drops_and_counts_what_does_not_decode(control: Control):
     """Its port is open to everybody: nothing that comes in may end the thread that listens."""
     dialer = control.dial("decode-a")
-    dialer.send(control.address, KvAbort(room=0, generation=0))
+    dialer.send(control.address, KvAbort(to="", room=0, generation=0))
     for garbage in GARBAGE:
         dialer._sockets[control.address].send(garbage)
     dialer._sockets[control.address].send_multipart([b"two", b"frames"])
-    dialer.send(control.address, KvAbort(room=1, generation=1))
+    dialer.send(control.address, KvAbort(to="", room=1, generation=1))
     received = control.at_listener(2)
-    assert received == [("decode-a", KvAbort(room=n, generation=n)) for n in (0, 1)]
+    assert received == [("decode-a", KvAbort(to="", room=n, generation=n)) for n in (0, 1)]
     assert control.listener.num_undecodable == len(GARBAGE) + 1
 
 
@@ -332,19 +348,87 @@ def test_the_dialer_drops_and_counts_what_does_not_decode(control: Control):
 def test_a_message_to_nobody_is_lost_and_no_error(control: Control):
     control.listener.send("who", TO_DECODE[0])
     dialer = control.dial("decode-a")
-    dialer.send(f"127.0.0.1:{free_port()}", TO_PREFILL[0])
+    nowhere = f"127.0.0.1:{free_port()}"
+    dialer.dial(nowhere)
+    dialer.send(nowhere, TO_PREFILL[0])
     dialer.send(control.address, TO_PREFILL[1])
     assert control.at_listener(1) == [("decode-a", TO_PREFILL[1])]
 
 
 def test_a_peer_that_connects_again_takes_its_name_over(control: Control):
-    old, new = control.dial("decode-a"), control.dial("decode-a")
-    for dialer in (old, new):
-        dialer.send(control.address, TO_PREFILL[2])
-        control.at_listener(1)
+    old = control.dial("decode-a")
+    old.send(control.address, TO_PREFILL[2])
+    control.at_listener(1)
+    new = control.dial("decode-a")
+    new.send(control.address, TO_PREFILL[2])
+    control.at_listener(1)
     control.listener.send("decode-a", TO_DECODE[0])
     assert drain(new.receive, new.wait, 1) == [(control.address, TO_DECODE[0])]
     assert old.receive() == []
+
+
+def test_connections_that_are_lost_and_made_again_are_told(control: Control):
+    """And what was sent in between is lost: it was meant for the listener that is gone."""
+    dialer = control.dial("decode-a")
+    control.listener.close()
+    assert drain(dialer.changes, dialer.wait, 1) == [(control.address, False)]
+    dialer.send(control.address, TO_PREFILL[0])
+    control.listener = control.listen()
+    assert drain(dialer.changes, dialer.wait, 1) == [(control.address, True)]
+    dialer.send(control.address, TO_PREFILL[2])
+    assert control.at_listener(1) == [("decode-a", TO_PREFILL[2])]
+
+
+def test_a_forgotten_peer_can_be_dialed_again(control: Control):
+    dialer = control.dial("decode-a")
+    dialer.forget(control.address)
+    assert dialer.receive() == []
+    assert dialer.changes() == []
+    dialer.dial(control.address)
+    assert drain(dialer.changes, dialer.wait, 1) == [(control.address, True)]
+
+
+def test_no_address_of_anybody(control: Control):
+    dialer = control.dial("decode-a")
+    for wrong in ("nothing", "127.0.0.1:port", "a b:1", ""):
+        with pytest.raises(TransferError, match="is no address of a prefill worker"):
+            dialer.dial(wrong)
+
+
+@pytest.fixture
+def guarded() -> Iterator[Control]:
+    pair = Control(secret=b"a secret of some length")
+    yield pair
+    pair.close()
+
+
+def test_a_shared_secret_lets_in(guarded: Control):
+    dialer = guarded.dial("decode-a", guarded.secret)
+    dialer.send(guarded.address, TO_PREFILL[0])
+    assert guarded.at_listener(1) == [("decode-a", TO_PREFILL[0])]
+    guarded.listener.send("decode-a", TO_DECODE[0])
+    assert drain(dialer.receive, dialer.wait, 1) == [(guarded.address, TO_DECODE[0])]
+
+
+@pytest.mark.parametrize("secret", [b"", b"another secret of some length"])
+def test_without_the_secret_nobody_gets_in(guarded: Control, secret: bytes):
+    """Nothing of a stranger's arrives, whatever it sends; one that knows the secret is served meanwhile."""
+    stranger = guarded.dial("decode-b", secret)
+    stranger._sockets[guarded.address].setsockopt(zmq.IMMEDIATE, 0)
+    friend = guarded.dial("decode-a", guarded.secret)
+    for number in range(50):
+        stranger.send(guarded.address, KvAbort(to="", room=number, generation=1))
+        friend.send(guarded.address, KvAbort(to="", room=number, generation=2))
+    received = guarded.at_listener(50)
+    assert {sender for sender, _ in received} == {"decode-a"}
+    assert True not in [is_connected for _, is_connected in stranger.changes()]
+
+
+def test_who_sends_a_message_of_a_size_that_none_has_is_cut_off(control: Control):
+    dialer = control.dial("decode-a")
+    dialer._sockets[control.address].send(bytes(17 * 2**20))
+    assert drain(dialer.changes, dialer.wait, 1)[0] == (control.address, False)
+    assert control.listener.receive() == []
 
 
 def test_a_port_in_use_is_the_operators_mistake(control: Control):

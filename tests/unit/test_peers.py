@@ -1,0 +1,295 @@
+"""Workers that die, fall silent or are restarted, seen from the other end of a transfer: pages come back, but never too soon."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from common.messages import Heartbeat, KvAbort, KvRequest
+from common.process import own_mark
+from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
+from tests.support.transfer_bench import OPTIONS, Bench, delay_writes
+from transfer.loopback import Fault
+from transfer.receiver import CancelKv, KvLost, PagesQuiet, ReserveKv
+from transfer.sender import RoomClosed
+
+
+@pytest.fixture
+def bench() -> Bench:
+    """A room whose first write is in progress."""
+    bench = Bench(delay_writes)
+    bench.open()
+    bench.ask()
+    bench.chunk(0)
+    bench.turn()
+    assert bench.sender.num_writes == 1
+    return bench
+
+
+@pytest.fixture
+def dead(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Let the processes whose mark is this sender's or receiver's be gone, as the other end sees it."""
+
+    def kill(who: str) -> None:
+        module = {"prefill": "transfer.sources", "decode": "transfer.peers"}[who]
+        monkeypatch.setattr(f"{module}.is_gone", lambda mark: True)
+
+    return kill
+
+
+def lost(bench: Bench) -> KvLost:
+    [event] = bench.receiver.mailbox.events()
+    assert isinstance(event, KvLost)
+    return event
+
+
+# ------------------------------------------------------------------------------------------------ a prefill worker
+
+
+def test_a_silent_prefill_worker_costs_the_request_but_not_the_pages(bench: Bench):
+    """Stopped in the middle of a write: the request fails, its pages are quiet only when the stopped one has said so."""
+    bench.sleep(OPTIONS.peer_deadline_s - 1, sender=False)
+    assert bench.receiver.mailbox.events() == []
+    bench.sleep(2.5, sender=False)
+    error = lost(bench).error
+    assert (error.leg, error.stage, error.status) == ("prefill", "transfer", 502)
+    assert "silent" in error.message
+    bench.sleep(10 * OPTIONS.transfer_deadline_s, sender=False)
+    assert bench.receiver.mailbox.events() == []
+    bench.sleep(3)
+    assert bench.receiver.mailbox.events() == [], "the write that was posted is still in progress"
+    bench.network.release()
+    bench.turn()
+    assert bench.receiver.mailbox.events() == [PagesQuiet(bench.ROOM)]
+
+
+def test_a_dead_prefill_worker_writes_no_more(bench: Bench, dead: Callable[[str], None]):
+    """Proven to be gone: the request fails within a second, and its pages are quiet at once."""
+    dead("prefill")
+    bench.sleep(1, sender=False)
+    event, quiet = bench.receiver.mailbox.events()
+    assert isinstance(event, KvLost)
+    assert event.error.message == "the prefill worker has died"
+    assert quiet == PagesQuiet(bench.ROOM)
+
+
+def test_a_lost_connection_is_no_proof(bench: Bench):
+    """The request fails at once; the pages wait for the abort's answer, which comes over the new connection."""
+    bench.links[1].lose(PREFILL)
+    bench.turn(sender=False)
+    assert "connection" in lost(bench).error.message
+    bench.sleep(3)
+    assert bench.receiver.mailbox.events() == []
+    bench.network.release()
+    bench.sleep(2)
+    assert bench.receiver.mailbox.events() == [PagesQuiet(bench.ROOM)]
+
+
+def test_an_abort_is_repeated_until_it_is_answered(bench: Bench):
+    """The abort itself gets lost."""
+    bench.network.faults = lambda what: Fault.DROP if what == "KvAbort" else Fault.NONE
+    bench.network.release()
+    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL))
+    bench.sleep(3)
+    assert bench.receiver.mailbox.events() == []
+    bench.network.faults = lambda what: Fault.NONE
+    bench.sleep(2)
+    assert bench.receiver.mailbox.events() == [PagesQuiet(bench.ROOM)]
+
+
+def test_a_restarted_prefill_worker_is_proof_that_the_old_one_is_gone(bench: Bench):
+    """Another process of the same host answers at the address: the rooms of the old one are lost and quiet, new ones work."""
+    bench.start_sender("prefill-2")
+    bench.sleep(2)
+    event, quiet = bench.receiver.mailbox.events()
+    assert isinstance(event, KvLost)
+    assert "restarted" in event.error.message
+    assert quiet == PagesQuiet(bench.ROOM)
+    bench.network.faults = lambda what: Fault.NONE
+    bench.open()
+    bench.ask()
+    bench.chunk(0, 1, 2)
+    bench.finish()
+    bench.turn()
+    assert bench.arrived().room == bench.ROOM
+
+
+def test_a_process_of_another_host_at_the_address_proves_nothing(bench: Bench):
+    """An address may have moved while the old process still runs: its pages stay in quarantine, whatever the new one says."""
+    sender = bench.start_sender("prefill-2")
+    sender._process = replace(own_mark(), boot_id="another")
+    bench.sleep(2)
+    assert "restarted" in lost(bench).error.message
+    bench.sleep(10 * OPTIONS.transfer_deadline_s)
+    assert bench.receiver.mailbox.events() == []
+    assert bench.receiver.num_rooms == 1
+
+
+def test_what_is_meant_for_a_former_process_does_nothing(bench: Bench):
+    """Neither a request nor an abort, and the answer to the abort is no answer."""
+    link = bench.links[1]
+    request = KvRequest(to="former", room=5, generation=1, pages=[0, 1, 2], prompt_tokens=6, prompt_digest=b"digest")
+    link.send(PREFILL, request)
+    link.send(PREFILL, KvAbort(to="former", room=bench.ROOM, generation=1))
+    bench.turn()
+    assert bench.sender.num_dropped == 2
+    assert bench.sender.num_rooms == 1
+    assert bench.receiver.mailbox.events() == []
+
+
+def test_nobody_at_the_address():
+    """No connection is ever made: the request fails when its peer has been silent for too long, and nobody can have written."""
+    bench = Bench()
+    del bench.network.agents[PREFILL]
+    bench.links[1]._peers.pop(PREFILL)
+    bench.ask()
+    bench.sleep(OPTIONS.peer_deadline_s + 2, sender=False)
+    event, quiet = bench.receiver.mailbox.events()
+    assert isinstance(event, KvLost)
+    assert quiet == PagesQuiet(bench.ROOM)
+
+
+def test_a_prefill_worker_that_has_forgotten_this_one_is_greeted_again(bench: Bench):
+    """Its answer to a heartbeat says so."""
+    bench.network.release()
+    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL))
+    bench.turn()
+    bench.sender._peers._peers.clear()
+    bench.receiver.mailbox.submit(ReserveKv(2, PREFILL))
+    bench.sleep(3)
+    assert bench.sender._peers.get("decode-0") is not None
+
+
+def test_an_unused_connection_is_closed_and_made_again(bench: Bench):
+    bench.network.release()
+    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL))
+    bench.sleep(700)
+    assert bench.links[1].dialed == []
+    bench.receiver.mailbox.submit(ReserveKv(2, PREFILL))
+    bench.sleep(1)
+    assert bench.links[1].dialed == [PREFILL]
+
+
+# ------------------------------------------------------------------------------------------------ a decode worker
+
+
+def test_a_silent_decode_worker_loses_its_rooms(bench: Bench):
+    """The prefill side gives up after the same silence, but keeps its pages while a write reads them."""
+    bench.sleep(OPTIONS.peer_deadline_s + 1, receiver=False)
+    assert bench.sender.mailbox.events() == []
+    bench.network.release()
+    bench.turn(receiver=False)
+    [closed] = bench.sender.mailbox.events()
+    assert closed.leg == "decode"
+    assert "silent" in (closed.error or "")
+
+
+def test_a_dead_decode_worker_loses_its_rooms_within_a_second_and_is_forgotten(dead: Callable[[str], None]):
+    bench = Bench()
+    bench.open()
+    bench.ask()
+    bench.turn()
+    dead("decode")
+    bench.sleep(1, receiver=False)
+    assert bench.sender.mailbox.events() == [RoomClosed(bench.ROOM, "the decode worker has died", "decode")]
+    assert bench.sender._peers.get("decode-0") is None
+
+
+def test_heartbeats_keep_a_lease():
+    """A prompt waits for a seat on its decode worker for much longer than the lease, and is served then."""
+    bench = Bench()
+    bench.open()
+    bench.chunk(0, 1, 2)
+    bench.finish()
+    bench.receiver.mailbox.submit(ReserveKv(bench.ROOM, PREFILL))
+    bench.sleep(5 * OPTIONS.lease_s)
+    assert bench.sender.num_rooms == 1
+    bench.ask()
+    bench.turn()
+    assert bench.arrived().room == bench.ROOM
+    assert bench.sender.mailbox.events() == [RoomClosed(bench.ROOM, None)]
+
+
+def test_a_lease_without_heartbeats_runs_out():
+    bench = Bench()
+    bench.open()
+    bench.chunk(0, 1, 2)
+    bench.finish()
+    bench.sleep(OPTIONS.lease_s + 1)
+    [closed] = bench.sender.mailbox.events()
+    assert "no decode worker has shown interest" in (closed.error or "")
+
+
+def test_a_stranger_keeps_no_lease():
+    """Nor can it take the prompt away from the decode worker that it is for."""
+    bench = Bench()
+    bench.open()
+    bench.chunk(0, 1, 2)
+    bench.finish()
+    bench.links[1].send(PREFILL, Heartbeat([bench.ROOM]))
+    bench.turn()
+    bench.ask()
+    bench.turn()
+    assert bench.arrived().room == bench.ROOM
+
+
+def test_a_queued_request_reserves_its_prompt(checkpoint_of: Callable[[str], Path]):
+    """The decode worker has one seat: the second prompt waits for longer than its lease, and is answered."""
+    pair = InProcessPair(checkpoint_of("plain"), transfer=OPTIONS, max_running=1, prefix_cache=False)
+    pair.submit("a", [1, 2, 3], options_of(200, ignore_eos=True))
+    for _ in range(6):
+        pair.turn()
+    pair.submit("b", [4, 5, 6], options_of(3, ignore_eos=True))
+    for _ in range(60):
+        pair.now += 0.5
+        pair.turn()
+    assert not pair.decode.legs["a"].ended
+    assert pair.prefill.legs["b"].finished is not None
+    pair.settle()
+    assert len(pair.answer("b").output_ids) == 3
+    pair.check_pages()
+
+
+# ------------------------------------------------------------------------------------------------ nonsense
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_pages", 0),
+        ("num_pages", 2**62),
+        ("base_address", -1),
+        ("base_address", 2**63 - 1),
+        ("page_bytes", 5),
+        ("page_size", 3),
+        ("device_id", -1),
+    ],
+)
+def test_numbers_that_cannot_be_addresses_are_refused(field: str, value: int):
+    """Before they are given to NIXL."""
+    bench = Bench()
+    hello = bench.receiver.sources.hello
+    bench.receiver.sources.hello = replace(hello, pool=replace(hello.pool, **{field: value}))
+    bench.sender._peers._agent.connect = None  # type: ignore[method-assign, assignment]
+    bench.open()
+    bench.ask()
+    bench.turn()
+    assert lost_message(bench)
+
+
+@pytest.mark.parametrize("generation", [-1, 0, 2**32, 2**63 - 1])
+def test_a_generation_that_no_tag_can_hold_is_refused(bench: Bench, generation: int):
+    request = KvRequest(
+        to=PREFILL, room=9, generation=generation, pages=[0, 1, 2], prompt_tokens=6, prompt_digest=b"digest"
+    )
+    bench.links[1].send(PREFILL, request)
+    bench.turn()
+    assert bench.sender.num_rooms == 1
+
+
+def lost_message(bench: Bench) -> str:
+    event, quiet = bench.receiver.mailbox.events()
+    assert isinstance(event, KvLost)
+    assert isinstance(quiet, PagesQuiet)
+    return event.error.message

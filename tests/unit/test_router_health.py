@@ -1,0 +1,121 @@
+"""The router's health checks: who is healthy, who gets legs, and whose legs in flight fail; over stub workers."""
+
+import asyncio
+
+import aiohttp
+import pytest
+
+from router.config import RouterConfig, RouterOptions
+from tests.support import stub_workers as stubs
+from tests.support.asking import (
+    LEGS,
+    OTHER,
+    ask,
+    body,
+    check_answer,
+    check_nothing_is_left,
+    last_event,
+    metrics_of,
+    workers_of,
+)
+from tests.support.stub_workers import stack
+
+# A worker that is only slow, because the machine is, must not pass for a silent one.
+ASKING = {"health_interval_s": 0.02, "health_timeout_s": 0.5, "unhealthy_after_s": 1.0, "max_retries": 0}
+STUCK = (503, {"status": "unhealthy", "reason": "the engine has been in one step for 60 s"})
+DRAINING = (503, {"status": "draining"})
+
+
+async def until_healthy_is(running, worker, expected):
+    """Wait until the router takes a worker for healthy, or not; gives the worker's entry."""
+    while True:
+        entry = (await workers_of(running))[worker.url]
+        if entry["healthy"] is expected:
+            return entry
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("leg", LEGS)
+@pytest.mark.parametrize("health", [None, STUCK])
+async def test_legs_on_a_stopped_worker_are_answered_by_another_pair(health, leg, stream):
+    router = ASKING | {"max_retries": 1, "breaker_failures": 1, "breaker_pause_s": 0.01}
+    async with stack(prefill=stubs.hang, decode=stubs.hang, num_pairs=2, router=router) as running:
+        stopped, peer = getattr(running, leg), getattr(running, OTHER[leg])
+        asking = asyncio.create_task(ask(running, body(stream=stream)))
+        await stopped.arrived.wait()
+        await peer.arrived.wait()
+        stopped.health, peer.behaviour = health, None
+        check_answer(*await asking)
+        # It was told to end its leg, for the case that it comes back.
+        await stopped.abort_arrived.wait()
+        entry = await until_healthy_is(running, stopped, False)
+        assert entry["reason"] == (
+            "no answer to /health for 1 s" if health is None else "it says: the engine has been in one step for 60 s"
+        )
+        assert f'tandem_router_worker_healthy{{role="{leg}",worker="{stopped.url}"}} 0.0' in await metrics_of(running)
+        for _ in range(3):
+            check_answer(*await ask(running, body(stream=stream)))
+        assert len(stopped.samples) == 1
+        stopped.behaviour, stopped.health = None, (200, {})
+        assert (await until_healthy_is(running, stopped, True))["reason"] is None
+        while len(stopped.samples) == 1:
+            check_answer(*await ask(running, body(stream=stream)))
+        await check_nothing_is_left(running)
+
+
+@pytest.mark.parametrize("health", [None, STUCK])
+async def test_a_stream_that_has_begun_ends_with_an_error_that_says_why(health):
+    async with stack(decode=stubs.stream_and_hang, router=ASKING) as running:
+        async with running.client.post("/generate", json=body(stream=True)) as response:
+            await response.content.readuntil(b"\n\n")
+            running.decode.health = health
+            error = last_event(await response.text())["error"]
+        await check_nothing_is_left(running)
+    assert (error["leg"], error["stage"], error["code"]) == ("decode", "health", "leg_failed")
+    assert running.decode.url in error["message"]
+    assert ("no answer" if health is None else "one step") in error["message"]
+
+
+async def test_a_worker_that_drains_ends_its_legs_and_gets_no_more():
+    async with stack(decode=stubs.after_release, router=ASKING) as running:
+        asking = asyncio.create_task(ask(running, body()))
+        await running.decode.arrived.wait()
+        running.decode.health = DRAINING
+        await until_healthy_is(running, running.decode, False)
+        status, reply = await ask(running, body())
+        assert (status, reply["error"]["code"], reply["error"]["stage"]) == (503, "no_healthy_pair", "pick")
+        assert reply["error"]["message"] == (
+            f"no decode worker can take a request: {running.decode.url}: it says: draining"
+        )
+        running.decode.release.set()
+        check_answer(*await asking)
+
+
+async def test_a_worker_whose_port_is_closed_gets_no_legs():
+    async with stack() as running:
+        gone = running.url.rsplit(":", 1)[0] + ":1"
+        options = RouterOptions(prefill=((running.prefill.url, 8998),), decode=(gone, running.decode.url), **ASKING)
+        app = await stubs.create_app(RouterConfig(router=options))
+        async with stubs.serving(app) as url, aiohttp.ClientSession(url) as running.client:
+            while (entry := (await workers_of(running))[gone])["healthy"]:
+                pass
+            assert entry["reason"].startswith("no connection: ")
+            for _ in range(3):
+                check_answer(*await ask(running, body()))
+
+
+@pytest.mark.parametrize("health", [(500, {}), (404, {"status": "?"})])
+async def test_any_other_answer_is_a_bad_one(health):
+    async with stack(router=ASKING) as running:
+        running.prefill.health = health
+        assert (await until_healthy_is(running, running.prefill, False))["reason"].startswith("it says: ")
+        assert (await ask(running, body()))[0] == 503
+
+
+async def test_nobody_waits_for_the_first_check():
+    async with stack() as running:
+        running.prefill.health = running.decode.health = None
+        check_answer(*await ask(running, body()))
+        assert not running.prefill.health_asked.is_set()
+        workers = await workers_of(running)
+    assert {(one["healthy"], one["reason"], one["breaker"]) for one in workers.values()} == {(True, None, "closed")}
