@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from common.errors import UsageError
 from common.process import EXIT_USAGE, ensure_port_free, spawn_async, stop_process_async
+from common.server.http import TAKES_NO_MORE
 from deploy.events import ChildError, ChildFenced, EventKind, StackEvent
 from deploy.fence import PROBE_DEADLINE_S, PROBE_PERIOD_S, Fence, Restarts
 from deploy.launch_options import LaunchOptions
@@ -29,7 +30,7 @@ POLL_S = 0.1
 RELEASE_DEADLINE_S = 30.0
 STDERR = 2
 
-Health = Literal["good", "draining", "bad"]
+Health = Literal["good", "closed", "bad"]
 
 
 class _HealthBody(Struct):
@@ -192,7 +193,7 @@ class Child:
             asked = time.monotonic()
             while True:
                 await asyncio.sleep(PROBE_PERIOD_S)
-                # Who drains has been told to end, and will: killing it would cut its requests.
+                # Who drains will end, and who is crowded waits for another one to be fenced: killing either would cut requests.
                 is_good = await self._ask(session) != "bad"
                 now = time.monotonic()
                 if fence.is_due(is_good=is_good, passed_s=now - asked):
@@ -213,8 +214,8 @@ class Child:
         if response.status == 200:
             return "good"
         with contextlib.suppress(msgspec.DecodeError):
-            if msgspec.json.decode(body, type=_HealthBody).status == "draining":
-                return "draining"
+            if msgspec.json.decode(body, type=_HealthBody).status in TAKES_NO_MORE:
+                return "closed"
         return "bad"
 
     def _note(self, kind: EventKind, detail: str = "") -> None:

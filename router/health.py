@@ -1,7 +1,7 @@
 """Asks every worker's GET /health all the time, and says who is healthy.
 
     200                       healthy
-    another status            unhealthy at once, and its legs fail, unless it says that it is only draining
+    another status            unhealthy at once, and its legs fail, unless it says that it goes on with them
     no connection             unhealthy at once: the process is gone, or about to be; its legs end by themselves
     no answer for a while     unhealthy, and its legs fail: a stopped process never closes its connections
 
@@ -14,7 +14,7 @@ import json
 
 import aiohttp
 
-from common.server.http import together
+from common.server.http import TAKES_NO_MORE, together
 from router.config import RouterOptions
 from router.legs import read_at_most
 from router.membership import Membership, Worker
@@ -71,7 +71,7 @@ class HealthChecks:
             worker.mark_healthy()
         else:
             status, reason = _read(response.status, body)
-            worker.mark_unhealthy(reason, ends_legs=status != "draining")
+            worker.mark_unhealthy(reason, ends_legs=status not in TAKES_NO_MORE)
         return True
 
 

@@ -77,7 +77,8 @@ class WorkerControl:
         if self._admission.is_closed:
             return _json({"status": "draining", "reason": "this server is shutting down"}, status=503)
         if (refusal := self._engine.refusal) is not None:
-            return _json({"status": "unhealthy", "reason": refusal.message}, status=503)
+            status = "crowded" if self._engine.is_crowded else "unhealthy"
+            return _json({"status": status, "reason": refusal.message}, status=503)
         return _json({"status": "ok"})
 
     async def health_generate(self, _: web.Request) -> web.Response:

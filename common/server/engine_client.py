@@ -89,6 +89,11 @@ class EngineClient:
         """Why no request can be served now; None if the engine is well."""
         return self._silence or self._crowding
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether the engine is well but for pages in quarantine: the requests that it has go on."""
+        return self._silence is None and self._crowding is not None
+
     async def run(self) -> None:
         """Take in what the engine sends; runs until cancelled."""
         while True:

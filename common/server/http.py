@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+TAKES_NO_MORE: Final = frozenset(("draining", "crowded"))
+"""What `status` is in the 503 of a /health whose process takes no new requests, and goes on with those that it has."""
+
 _OPEN_PATHS: Final = frozenset(("/health", "/metrics"))
 _RETRY_AFTER_S: Final = 1
 

@@ -163,10 +163,10 @@ async def test_a_child_that_recovers_in_time_is_left_alone(checkpoint: Path) -> 
         assert kinds(stack, "decode-0") == ["started", "ready"]
 
 
-@pytest.mark.parametrize("name", ["router", "decode-0"])
-async def test_a_child_that_drains_is_left_alone(checkpoint: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "status"), [("router", "draining"), ("decode-0", "crowded")])
+async def test_a_child_that_goes_on_with_what_it_has_is_left_alone(checkpoint: Path, name: str, status: str) -> None:
     async with stub_stack(checkpoint, "--restart", "--fence-deadline-s=1") as stack:
-        await misbehave(stack, name, text='{"status": "draining"}')
+        await misbehave(stack, name, text=f'{{"status": "{status}"}}')
         await until_misbehaved(stack, name, 4)
         assert kinds(stack, name) == ["started", "ready"]
         await misbehave(stack, name, text='{"status": "unhealthy"}')

@@ -182,6 +182,17 @@ def test_every_place_with_every_extreme(parse: Callable[[bytes], Any], good: Any
             check(parse, dump(replaced(good, place, value)).encode())
 
 
+@pytest.mark.parametrize("number", [2**64, -(2**63) - 1, 10**400])
+def test_what_is_passed_on_fits_64_bits(number: int):
+    """Other readers of JSON than ours may have no larger integers."""
+    for body in (
+        {"messages": [{"role": "u", "content": "", "x": [number]}]},
+        {"messages": CONVERSATION, "chat_template_kwargs": {"x": {"y": number}}},
+    ):
+        with pytest.raises(RequestError, match="64 bits"):
+            parse_generate(dump(body).encode())
+
+
 @pytest.mark.parametrize("best_of", [True, 1.0, 2, "1", [1]])
 def test_best_of_asks_for_nothing_or_is_refused(best_of: Any):
     parse_completion(dump({"prompt": "a", "best_of": 1}).encode())

@@ -247,6 +247,7 @@ HELLO = Hello(
     pool=POOL,
     weight_version="w",
 )
+OWN_HELLO = (DECODE, PREFILL, replace(HELLO, peer=DECODE, agent_metadata=DECODE.encode()))
 REAL = ["open", "ask", "turn", "chunk", "finish"]
 
 
@@ -273,6 +274,8 @@ def test_strangers(script: list[Any], delayed: bool):
 @given(scripts(BY_THE_PAIR | BY_STRANGERS, ["give up", "cancel"]), st.booleans())
 @example([*REAL[:3], (PREFILL, DECODE, HelloReply(peer="", process=own_mark(), refusal="no")), *REAL[3:]], True)
 @example([*REAL[:3], (DECODE, PREFILL, request(generation=2)), *REAL[3:]], True)
+@example([OWN_HELLO, "open", (DECODE, PREFILL, request(generation=2**63)), "chunk", "turn", "ask", "finish"], False)
+@example([OWN_HELLO, (DECODE, PREFILL, request(room=-1)), "turn", *REAL], False)
 def test_liars(script: list[Any], delayed: bool):
     """Either end of the pair itself may say anything: what it harms is its own transfer."""
     run(script, delayed=delayed)
@@ -282,6 +285,54 @@ def test_nothing_said_harms_nothing():
     rig = run(REAL, delayed=False)
     assert torch.equal(rig.decode_agent.pages[OFFERED], rig.prompt[[0, 1, 2]])
     assert rig.closed == [RoomClosed(Bench.ROOM, None)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"room": -1},
+        {"room": 0},
+        {"room": 2**63},
+        {"generation": 2**32},
+        {"pages": [8, 0, 1]},
+        {"pages": [5, 6]},
+        {"pages": [5, 6, 7, 0]},
+        {"first_page": -1, "pages": [5, 6, 7, 0]},
+        {"first_page": 1},
+        {"prompt_tokens": -6},
+    ],
+)
+def test_what_cannot_be_asked_for_is_refused_at_once(fields: dict[str, Any]):
+    """It opens no room, nor takes the one that is there."""
+    rig = Rig(delayed=False)
+    rig.say(STRANGER, PREFILL, HELLO)
+    rig.open()
+    rig.say(STRANGER, PREFILL, request(**fields))
+    rig.chunk(0, 1, 2)
+    rig.finish()
+    rig.turn()
+    assert (rig.sender.num_rooms, rig.sender.num_writes) == (1, 0)
+    assert rig.sender.mailbox.events() == []
+
+
+@pytest.mark.parametrize("generation", [0, 2, -1])
+def test_the_end_of_another_generation_ends_nothing(generation: int):
+    rig = Rig(delayed=True)
+    for step in ("open", "ask", "chunk", "turn"):
+        rig.do(step)
+    token = FirstToken(token_id=9, logprob=0.0)
+    done = KvDone(
+        room=rig.ROOM, generation=generation, num_writes=0, write_seconds=0.0, exposed_seconds=0.0, first_token=token
+    )
+    rig.say(PREFILL, DECODE, done)
+    rig.say(PREFILL, DECODE, KvClosed(room=rig.ROOM, generation=generation, error="closed"))
+    rig.look()
+    assert rig.events == []
+    rig.do("finish")
+    rig.look()
+    rig.check_end()
+    assert isinstance(rig.events[0], KvArrived)
+    assert rig.events[0].first_token.token_id == 1
 
 
 def test_a_peer_cannot_move_its_pool():
@@ -296,6 +347,23 @@ def test_a_peer_cannot_move_its_pool():
     known = rig.sender._peers.get(STRANGER)
     assert known is not None
     assert known.pool == POOL
+
+
+def test_a_room_that_is_spoken_for_is_not_given_to_others():
+    """One decode worker waits for a seat and keeps the prompt; another knows the room's number and all of its prompt."""
+    rig = Rig(delayed=False)
+    rig.open()
+    rig.say(DECODE, PREFILL, OWN_HELLO[2])
+    rig.say(DECODE, PREFILL, Heartbeat([rig.ROOM]))
+    rig.say(STRANGER, PREFILL, HELLO)
+    rig.say(STRANGER, PREFILL, request())
+    rig.chunk(0, 1, 2)
+    rig.finish()
+    rig.turn()
+    assert not rig.stranger_agent.pages.any()
+    rig.ask()
+    rig.turn()
+    assert rig.arrived().room == rig.ROOM
 
 
 def test_a_tombstone_that_is_renewed_does_not_keep_the_others():

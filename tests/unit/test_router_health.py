@@ -23,7 +23,6 @@ from tests.support.stub_workers import stack
 # A worker that is only slow, because the machine is, must not pass for a silent one.
 ASKING = {"health_interval_s": 0.02, "health_timeout_s": 0.5, "unhealthy_after_s": 1.0, "max_retries": 0}
 STUCK = (503, {"status": "unhealthy", "reason": "the engine has been in one step for 60 s"})
-DRAINING = (503, {"status": "draining"})
 
 
 async def until_healthy_is(running, worker, expected):
@@ -76,16 +75,17 @@ async def test_a_stream_that_has_begun_ends_with_an_error_that_says_why(health):
     assert ("no answer" if health is None else "one step") in error["message"]
 
 
-async def test_a_worker_that_drains_ends_its_legs_and_gets_no_more():
+@pytest.mark.parametrize("told", ["draining", "crowded"])
+async def test_a_worker_that_goes_on_with_its_legs_ends_them_and_gets_no_more(told: str):
     async with stack(decode=stubs.after_release, router=ASKING) as running:
         asking = asyncio.create_task(ask(running, body()))
         await running.decode.arrived.wait()
-        running.decode.health = DRAINING
+        running.decode.health = (503, {"status": told})
         await until_healthy_is(running, running.decode, False)
         status, reply = await ask(running, body())
         assert (status, reply["error"]["code"], reply["error"]["stage"]) == (503, "no_healthy_pair", "pick")
         assert reply["error"]["message"] == (
-            f"no decode worker can take a request: {running.decode.url}: it says: draining"
+            f"no decode worker can take a request: {running.decode.url}: it says: {told}"
         )
         running.decode.release.set()
         check_answer(*await asking)

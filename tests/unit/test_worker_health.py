@@ -104,7 +104,7 @@ async def test_too_many_pages_in_quarantine():
         running = await worker.engine.next_generate()
         beat(worker, quarantined=6)
         reason = "6 of 10 KV pages are in quarantine"
-        assert await worker.get("/health") == (503, {"status": "unhealthy", "reason": reason})
+        assert await worker.get("/health") == (503, {"status": "crowded", "reason": reason})
         assert await refused(worker) == (503, "quarantine_full", "decode", "engine")
         worker.engine.finish(running, WORDS)
         assert (await request)[0] == 200, "what was taken in before goes on"
