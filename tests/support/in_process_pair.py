@@ -153,7 +153,8 @@ class InProcessPair:
         recorder = Recorder()
         decode_role = DecodeWorker(engine, receiver.mailbox, receiver, recorder, verify_rows=verify_rows)
         self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, recorder)
-        self.sides = (self.prefill, self.decode)
+        self.sides: tuple[Side, ...] = (self.prefill, self.decode)
+        """Those that turn; a test takes one out to stop it."""
         self.sender = sender
         self.receiver = receiver
         self.decode_role = decode_role

@@ -344,7 +344,7 @@ async def test_a_worker_answers_every_body():
     good = {**GENERATE, **ROOMS, "text": "hello"}
     bodies = [good, {**good, "text": "long " * 4000}]
     for _ in range(150):
-        body: Any = good
+        body = good
         for _ in range(rng.randint(1, 2)):
             body = replaced(body, rng.choice(places(good)), rng.choice(EXTREMES))
         bodies.append(body)
@@ -357,7 +357,7 @@ async def test_a_worker_answers_every_body():
                     worker.engine.finish(message, [7] * num_tokens, index=index)
 
         worker.engine.on_message = answer
-        statuses: list[int] = []
+        statuses = []
         for body in bodies:
             for path in ("/generate", "/abort_request"):
                 async with worker.client.post(path, data=dump(body).encode()) as response:
