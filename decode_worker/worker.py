@@ -13,7 +13,7 @@ from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Sampled, StepResult
-from common.errors import RequestError, RequestFailed
+from common.errors import LegFailed, RequestError, RequestFailed
 from common.memory.layout import num_pages_for
 from common.messages import (
     Abort,
@@ -146,6 +146,13 @@ class DecodeWorker:
         if request in self._leaders or request not in self._arrived:
             return
         event = self._arrived.pop(request)
+        first = event.first_token
+        if not 0 <= first.token_id < self._engine.config.vocab_size:
+            error = LegFailed(
+                f"the prefill worker has handed over token {first.token_id}", leg="prefill", stage="transfer"
+            )
+            self._generation.fail(request, ErrorReport.of(error, rid=request.rid))
+            return
         request.timings |= {
             "pd_decode_wait_duration": event.wait_seconds,
             "pd_transfer_duration": event.write_seconds,
@@ -155,7 +162,6 @@ class DecodeWorker:
         if event.write_seconds > 0:
             request.timings["pd_transfer_speed_gb_s"] = event.num_bytes / 1e9 / event.write_seconds
         self._scheduler.start(request, computed_tokens=request.num_prompt_tokens)
-        first = event.first_token
         self._generation.take_token(request, Sampled(first.token_id, first.logprob, first.top_logprobs))
 
     def _fetch(self, siblings: Siblings) -> None:

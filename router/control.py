@@ -230,7 +230,7 @@ class Control:
             return WorkerAnswer(worker, None)
         try:
             return WorkerAnswer(worker, response.status, json.loads(answer))
-        except ValueError:
+        except (ValueError, RecursionError):
             return WorkerAnswer(worker, response.status)
 
 

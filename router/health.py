@@ -79,7 +79,7 @@ def _read(http_status: int, body: bytearray) -> tuple[object, str]:
     """Read a bad answer: the status in it, and the reason that it gives."""
     try:
         answer = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         answer = None
     told = answer if isinstance(answer, dict) else {}
     status = told.get("status")

@@ -165,7 +165,7 @@ async def _decoded_event(run: LegRun, data: bytearray) -> Reply | LegReply:
         if not isinstance(meta, dict):
             raise _nonsense(worker, "an event without meta_info")
         return event if meta.get("finish_reason") is None else _checked(worker, decode_last_event(data))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _nonsense(worker, error) from error
 
 

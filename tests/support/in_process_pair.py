@@ -158,6 +158,7 @@ class InProcessPair:
         self.sender = sender
         self.receiver = receiver
         self.decode_role = decode_role
+        self.prefill_link = link
         self.decode_link = decode_link
 
     # ---------------------------------------------------------------------------------------- driving

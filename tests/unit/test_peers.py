@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from common.messages import Heartbeat, KvAbort, KvRequest
+from common.messages import Heartbeat, KvAbort, KvDone, KvRequest, PrefillToDecode
 from common.process import own_mark
 from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
 from tests.support.transfer_bench import OPTIONS, Bench, delay_writes
@@ -276,6 +276,26 @@ def test_numbers_that_cannot_be_addresses_are_refused(field: str, value: int):
     bench.ask()
     bench.turn()
     assert lost_message(bench)
+
+
+@pytest.mark.parametrize("token_id", [-1, 2**20])
+def test_a_first_token_that_is_none_fails_the_request(checkpoint_of: Callable[[str], Path], token_id: int):
+    """Before it becomes an index on the device."""
+    pair = InProcessPair(checkpoint_of("plain"), transfer=OPTIONS)
+    send = pair.prefill_link.send
+
+    def lie(peer: str, message: PrefillToDecode) -> None:
+        if isinstance(message, KvDone):
+            message = replace(message, first_token=replace(message.first_token, token_id=token_id))
+        send(peer, message)
+
+    pair.prefill_link.send = lie  # type: ignore[method-assign]
+    pair.submit("r", [1, 2, 3], options_of(4))
+    pair.settle()
+    failed = pair.decode.legs["r"].failed
+    assert failed is not None
+    assert (failed.error.leg, failed.error.stage, failed.error.status) == ("prefill", "transfer", 502)
+    pair.check_pages()
 
 
 @pytest.mark.parametrize("generation", [-1, 0, 2**32, 2**63 - 1])
