@@ -484,6 +484,7 @@ class KvClosed(Struct, frozen=True, tag=True, kw_only=True):
     generation: int
     error: str | None = None
     stage: str | None = None
+    code: str = "leg_failed"
     leg: Leg = "prefill"
 
 

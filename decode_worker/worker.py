@@ -250,6 +250,11 @@ class DecodeWorker:
 
     # -------------------------------------------------------------------------------------------- statistics
 
+    @property
+    def is_needed(self) -> bool:
+        """No other worker waits for anything of this one."""
+        return False
+
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""
         return make_stats(

@@ -256,6 +256,11 @@ class AggregatedWorker:
 
     # -------------------------------------------------------------------------------------------- statistics
 
+    @property
+    def is_needed(self) -> bool:
+        """No other worker waits for anything of this one."""
+        return False
+
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""
         return make_stats(

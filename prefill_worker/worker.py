@@ -222,14 +222,15 @@ class PrefillWorker:
         self._give_up(request, message)
 
     def _fail(self, request: Request, error: Exception) -> None:
-        self._reply(Failed(request.rid, ErrorReport.of(error, leg="prefill", stage="prefill", rid=request.rid)))
-        self._give_up(request, str(error))
+        report = ErrorReport.of(error, leg="prefill", stage="prefill", rid=request.rid)
+        self._reply(Failed(request.rid, report))
+        self._give_up(request, report.message, report.code)
 
-    def _give_up(self, request: Request, reason: str) -> None:
-        """End a request without an answer of its own; the transfer is told to stop."""
+    def _give_up(self, request: Request, reason: str, code: str = "leg_failed") -> None:
+        """End a request without an answer of its own; the transfer is told to stop, and the decode side why."""
         for room in request.rooms:
             if room in self._rooms:
-                self._mailbox.submit(CancelRoom(room, reason))
+                self._mailbox.submit(CancelRoom(room, reason, code))
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
@@ -256,6 +257,11 @@ class PrefillWorker:
         self._flushes.finish()
 
     # -------------------------------------------------------------------------------------------- statistics
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether a decode worker still waits for a prompt's KV."""
+        return bool(self._rooms)
 
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""

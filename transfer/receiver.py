@@ -338,7 +338,8 @@ class Receiver:
             return
         if room.state is ReceiverState.REQUESTED:
             room.state = advance(room.state, ReceiverState.ABORTING)
-            self._report(room, message.error or "the prefill worker closed the room", status=502, leg=message.leg)
+            reason = message.error or "the prefill worker closed the room"
+            self._report(room, reason, status=502, code=message.code, leg=message.leg)
         self._close(room)
 
     def _check_arrived(self, room: _Room) -> None:
@@ -368,7 +369,7 @@ class Receiver:
         for room in list(self._rooms.values()):
             if room.state is ReceiverState.REQUESTED and self._now >= room.deadline:
                 waited = f"the KV of the prompt did not arrive within {self._options.transfer_deadline_s:g} s"
-                self._lose(room, waited, status=504, leg="decode")
+                self._lose(room, waited, status=504)
             elif room.source is not None:
                 rooms_of.setdefault(room.source, []).append(room)
         for source in rooms_of:
@@ -408,14 +409,14 @@ class Receiver:
     def _lose(self, room: _Room, message: str, *, status: int = 502, leg: Leg = "prefill") -> None:
         """The KV will not come: say so, and have whoever may still write stop."""
         room.state = advance(room.state, ReceiverState.ABORTING)
-        self._report(room, message, status=status, leg=leg)
+        code = {400: "invalid_request", 504: "deadline_exceeded"}.get(status, "leg_failed")
+        self._report(room, message, status=status, code=code, leg=leg)
         if room.source is None or (room.life is not None and room.life.is_gone):
             self._close(room)
         else:
             self._send_abort(room)
 
-    def _report(self, room: _Room, message: str, *, status: int, leg: Leg) -> None:
-        code = {400: "invalid_request", 504: "deadline_exceeded"}.get(status, "leg_failed")
+    def _report(self, room: _Room, message: str, *, status: int, code: str, leg: Leg) -> None:
         error = ErrorReport(status=status, message=message, code=code, leg=leg, stage="transfer")
         self.mailbox.emit(KvLost(room.command.room, error))
 

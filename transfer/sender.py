@@ -88,10 +88,11 @@ class FinishRoom(Struct, frozen=True):
 
 
 class CancelRoom(Struct, frozen=True):
-    """The prefill leg has failed or its client is gone."""
+    """The prefill leg has failed or its client is gone; `code` is what the error's body calls it."""
 
     room: int
     error: str
+    code: str = "leg_failed"
 
 
 SenderCommand = OpenRoom | PagesReady | FinishRoom | CancelRoom
@@ -134,6 +135,7 @@ class _Room:
     """How long at least one write was in progress, up to when there last was none."""
     # Why it drains, and on whose side the reason lies.
     error: str | None = None
+    code: str = "leg_failed"
     leg: Leg = "decode"
 
     @property
@@ -222,6 +224,7 @@ class Sender:
             case OpenRoom():
                 self._open(command, room)
             case CancelRoom() if room is not None:
+                room.code = command.code if room.error is None else room.code
                 self._drain(command.room, room, command.error, leg="prefill")
             case PagesReady() if room is not None:
                 room.ready_pages += command.pages
@@ -340,9 +343,18 @@ class Sender:
             self._send_closed(peer, abort.room, abort.generation, None)
 
     def _send_closed(
-        self, peer: str, room: int, generation: int, error: str | None, *, stage: str = "transfer", leg: Leg = "prefill"
+        self,
+        peer: str,
+        room: int,
+        generation: int,
+        error: str | None,
+        *,
+        stage: str = "transfer",
+        code: str = "leg_failed",
+        leg: Leg = "prefill",
     ) -> None:
-        self._link.send(peer, KvClosed(room=room, generation=generation, error=error, stage=stage, leg=leg))
+        closed = KvClosed(room=room, generation=generation, error=error, stage=stage, code=code, leg=leg)
+        self._link.send(peer, closed)
 
     # -------------------------------------------------------------------------------------------- rooms
 
@@ -434,7 +446,7 @@ class Sender:
                 )
                 self._link.send(room.peer, done)
             else:
-                self._send_closed(room.peer, room_id, generation, room.error, leg=room.leg)
+                self._send_closed(room.peer, room_id, generation, room.error, code=room.code, leg=room.leg)
         if room.opened is not None:
             self.mailbox.emit(RoomClosed(room_id, room.error, room.leg))
         del self._rooms[room_id]

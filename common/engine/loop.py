@@ -9,6 +9,7 @@ plain bookkeeping: an exception there is a defect after which no count could be 
 
 import gc
 import logging
+import time
 from collections import deque
 from typing import Final, Protocol
 
@@ -33,6 +34,7 @@ from common.scheduling.step_plan import StepPlan
 
 log = logging.getLogger(__name__)
 
+_ENDING_WAIT_S: Final = 0.1
 IDLE_WAIT_S: Final = 1.0
 """Longest sleep of an idle engine; messages and transfer events end it at once."""
 MAX_FAILED_STEPS: Final = 3
@@ -61,6 +63,10 @@ class Role(Protocol):
 
     def stats(self, serial: int) -> Stats:
         """Report gauges and counters."""
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether another worker still waits for something of this one, all of whose requests may have been answered."""
 
     def plan(self) -> StepPlan | None:
         """Decide the next step, or None if nothing can run now."""
@@ -164,22 +170,31 @@ def serve(
 ) -> None:
     """Run an engine process's main thread: say that the engine is ready, drive it until `Shutdown`, and close the channel.
 
-    A turn that takes longer than `watchdog_s` is reported on stderr, with what every thread is doing.
+    A turn that takes longer than `watchdog_s` is reported on stderr, with what every thread is doing. Told to end, it goes on
+    while it is needed, for half of the shutdown's deadline at most.
     """
     # Model, tables and modules stay for good: the collector need not look at them again, in the middle of a step.
     gc.collect()
     gc.freeze()
     loop = Loop(engine, role, overlap=overlap)
     beats = Beats(engine, channel.send, watchdog_s=watchdog_s)
+
+    def turn(longest_wait_s: float) -> None:
+        beats.turn()
+        role.poll()
+        background.check()
+        if not loop.turn():
+            channel.wait(longest_wait_s)
+
     background.start()
     try:
         channel.send(describe(engine))
         while _take_messages(channel, role):
-            beats.turn()
-            role.poll()
-            background.check()
-            if not loop.turn():
-                channel.wait(IDLE_WAIT_S)
+            turn(IDLE_WAIT_S)
+        deadline = time.monotonic() + shutdown_deadline_s / 2
+        while role.is_needed and time.monotonic() < deadline:
+            turn(_ENDING_WAIT_S)
+            _take_messages(channel, role)
     finally:
         beats.stop()
         background.stop(shutdown_deadline_s)

@@ -12,7 +12,7 @@ from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
 from tests.support.transfer_bench import OPTIONS, Bench, delay_writes
 from transfer.loopback import Fault
 from transfer.receiver import CancelKv, KvLost, PagesQuiet, ReserveKv
-from transfer.sender import RoomClosed
+from transfer.sender import CancelRoom, RoomClosed
 
 
 @pytest.fixture
@@ -169,6 +169,21 @@ def test_an_unused_connection_is_closed_and_made_again(bench: Bench):
     bench.receiver.mailbox.submit(ReserveKv(2, PREFILL))
     bench.sleep(1)
     assert bench.links[1].dialed == [PREFILL]
+
+
+def test_why_a_prompt_was_given_up_is_told(bench: Bench):
+    """So that rows which were refused are heard of, whichever leg the router hears first."""
+    bench.network.release()
+    bench.sender.mailbox.submit(CancelRoom(bench.ROOM, "a row is missing", "routed_experts_missing"))
+    bench.turn()
+    event, quiet = bench.receiver.mailbox.events()
+    assert isinstance(event, KvLost)
+    assert (event.error.code, event.error.leg, event.error.message) == (
+        "routed_experts_missing",
+        "prefill",
+        "a row is missing",
+    )
+    assert quiet == PagesQuiet(bench.ROOM)
 
 
 # ------------------------------------------------------------------------------------------------ a decode worker
