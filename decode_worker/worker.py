@@ -33,8 +33,8 @@ from common.wire import address
 from decode_worker.generation import Generation
 from decode_worker.scheduler import DecodeScheduler, Siblings
 from decode_worker.swap import SwapSpace
+from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 from transfer.handshake import prompt_digest
-from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 
 
 class DecodeWorker:

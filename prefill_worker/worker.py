@@ -34,9 +34,9 @@ from common.scheduling.step_plan import StepEntry, StepPlan
 from prefill_worker.config import PrefillOptions
 from prefill_worker.flushes import Flushes
 from prefill_worker.scheduler import PrefillScheduler
+from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderMailbox
 from transfer.handshake import prompt_digest
 from transfer.plan import complete_pages
-from transfer.sender import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderMailbox
 
 
 class PrefillWorker:

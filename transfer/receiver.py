@@ -15,13 +15,10 @@ import logging
 from dataclasses import dataclass, field
 from typing import assert_never
 
-from msgspec import Struct
-
 from common.errors import TransferError
 from common.messages import (
     DecodeToPrefill,
     ErrorReport,
-    FirstToken,
     HeartbeatReply,
     Hello,
     HelloReply,
@@ -35,79 +32,15 @@ from common.messages import (
 )
 from common.process import own_mark
 from transfer.agent import TransferAgent
+from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink, Mailbox
+from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink
 from transfer.handshake import PROTOCOL
 from transfer.plan import WriteTag
 from transfer.sources import Life, Source, Sources
 from transfer.state import ReceiverState, advance
 
 log = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------ commands and events
-
-
-class ReceiveKv(Struct, frozen=True, kw_only=True):
-    """Fetch a prompt's KV from the prefill worker at `source` (`host:port`) into these pages."""
-
-    room: int
-    source: str
-    first_page: int = 0
-    pages: list[int]
-    prompt_tokens: int
-    prompt_digest: bytes
-
-
-class ReserveKv(Struct, frozen=True):
-    """The prompt's KV will be asked for when there is a seat: until then let the prefill worker keep it."""
-
-    room: int
-    source: str
-
-
-class CancelKv(Struct, frozen=True):
-    """The request is over. If its pages were offered, say when they are quiet; if not, let the prefill worker know at least."""
-
-    room: int
-    source: str
-
-
-ReceiverCommand = ReserveKv | ReceiveKv | CancelKv
-
-
-class KvArrived(Struct, frozen=True, kw_only=True):
-    """The prompt's KV is in the pages."""
-
-    room: int
-    first_token: FirstToken
-    wait_seconds: float
-    """From asking until all was here, the prefill's own time included."""
-    write_seconds: float
-    """How long at least one write was in progress."""
-    exposed_seconds: float
-    """How much of the transfer the request waited for: `KvDone.exposed_seconds`."""
-    num_bytes: int
-
-
-class KvLost(Struct, frozen=True):
-    """The KV will not come. The pages are not safe yet."""
-
-    room: int
-    error: ErrorReport
-
-
-class PagesQuiet(Struct, frozen=True):
-    """Nobody will write into the room's pages any more. Last event of a room whose KV did not arrive."""
-
-    room: int
-
-
-ReceiverEvent = KvArrived | KvLost | PagesQuiet
-ReceiverMailbox = Mailbox[ReceiverCommand, ReceiverEvent]
-
-
-# ------------------------------------------------------------------------------------------------ the receiver
 
 
 @dataclass(slots=True, eq=False)

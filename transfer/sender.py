@@ -23,14 +23,11 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import assert_never
 
-from msgspec import Struct
-
 from common.errors import TransferError
 from common.ids import MAX_ROOM
 from common.memory.layout import num_pages_for
 from common.messages import (
     DecodeToPrefill,
-    FirstToken,
     Heartbeat,
     HeartbeatReply,
     Hello,
@@ -45,8 +42,9 @@ from common.messages import (
 )
 from common.process import own_mark
 from transfer.agent import TransferAgent, Write, WriteState
+from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderCommand, SenderMailbox
 from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link, Mailbox
+from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link
 from transfer.peers import Peer, Peers
 from transfer.plan import MAX_GENERATION, WriteTag
 from transfer.state import SenderState, advance
@@ -58,58 +56,6 @@ _CLOSING_S = 5.0
 """Longest wait for posted writes when the process ends."""
 _MAX_ROOMS = 2**18
 _MAX_TOMBSTONES = 2**20
-
-
-# ------------------------------------------------------------------------------------------------ commands and events
-
-
-class OpenRoom(Struct, frozen=True):
-    """The engine has a prompt whose KV will be wanted under this room."""
-
-    room: int
-    prompt_tokens: int
-    prompt_digest: bytes
-
-
-class PagesReady(Struct, frozen=True):
-    """Pages of the prompt that will not change any more, following those that were reported before."""
-
-    room: int
-    pages: list[int]
-
-
-class FinishRoom(Struct, frozen=True):
-    """All pages have been reported; this is the token that the prefill sampled."""
-
-    room: int
-    first_token: FirstToken
-    computed_at: float
-    """When the engine knew the token, by the sender's clock; what comes after it delays the request."""
-
-
-class CancelRoom(Struct, frozen=True):
-    """The prefill leg has failed or its client is gone; `code` is what the error's body calls it."""
-
-    room: int
-    error: str
-    code: str = "leg_failed"
-
-
-SenderCommand = OpenRoom | PagesReady | FinishRoom | CancelRoom
-
-
-class RoomClosed(Struct, frozen=True):
-    """No write reads the room's pages any more. `error` is None if the KV has arrived at the peer; `leg` is whose fault it is."""
-
-    room: int
-    error: str | None
-    leg: Leg = "decode"
-
-
-SenderMailbox = Mailbox[SenderCommand, RoomClosed]
-
-
-# ------------------------------------------------------------------------------------------------ the sender
 
 
 @dataclass(slots=True)

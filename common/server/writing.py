@@ -21,7 +21,7 @@ WRITE_DEADLINE_S: Final = web.AppKey("write_deadline_s", float)
 
 _DEFAULT_S: Final = ServerOptions().write_deadline_s
 # A client that is only slow takes so much within any sensible deadline.
-_BYTES_PER_WRITE: Final = 2**17
+_BYTES_PER_WRITE: Final = 2**18
 
 
 class ClientWriter:

@@ -16,9 +16,10 @@ from common.observability.logging import configure_logging
 from common.process import run_main
 from common.wire import ControlListener
 from transfer.agent import NixlAgent, Write
+from transfer.commands import FinishRoom, OpenRoom, PagesReady, SenderMailbox
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox
-from transfer.sender import FinishRoom, OpenRoom, PagesReady, Sender, SenderMailbox
+from transfer.sender import Sender
 
 PAGE_BYTES = 65536
 NUM_PAGES = 16

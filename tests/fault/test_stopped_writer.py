@@ -19,8 +19,9 @@ from common.wire import ControlDialer
 from tests.fault.slow_writer import INK, OPTIONS, PROMPT_PAGES, WRITES_BEFORE_THE_PAUSE, make_pool
 from tests.support.processes import DEADLINE_S, REPOSITORY, end, read_line
 from transfer.agent import NixlAgent
+from transfer.commands import KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverEvent
 from transfer.endpoint import Mailbox
-from transfer.receiver import KvArrived, KvLost, PagesQuiet, ReceiveKv, Receiver, ReceiverEvent
+from transfer.receiver import Receiver
 
 BLANK, OTHER, NEW = 0x00, 0x11, 0x22
 OFFERED = list(range(PROMPT_PAGES))

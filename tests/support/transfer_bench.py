@@ -7,11 +7,12 @@ import torch
 
 from common.messages import FirstToken, PoolInfo
 from tests.support.in_process_pair import DECODE, PREFILL, nothing
+from transfer.commands import FinishRoom, KvArrived, OpenRoom, PagesReady, ReceiveKv
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox
 from transfer.loopback import Fault, FaultPolicy, LoopbackAgent, LoopbackLink, LoopbackNetwork, no_faults
-from transfer.receiver import KvArrived, ReceiveKv, Receiver
-from transfer.sender import FinishRoom, OpenRoom, PagesReady, Sender
+from transfer.receiver import Receiver
+from transfer.sender import Sender
 
 OPTIONS = TransferOptions(lease_s=10.0, transfer_deadline_s=30.0, heartbeat_s=1.0, peer_deadline_s=5.0)
 POOL = PoolInfo(base_address=0, num_pages=8, page_bytes=4, page_size=2, device_id=0, memory="DRAM", layout="bench")

@@ -31,10 +31,9 @@ from common.process import own_mark
 from tests.support.hostile import STABLE
 from tests.support.in_process_pair import DECODE, PREFILL
 from tests.support.transfer_bench import OPTIONS, POOL, Bench, NotedLink, delay_writes
+from transfer.commands import CancelKv, CancelRoom, KvArrived, KvLost, PagesQuiet, RoomClosed
 from transfer.handshake import PROTOCOL
 from transfer.loopback import LoopbackAgent, no_faults
-from transfer.receiver import CancelKv, KvArrived, KvLost, PagesQuiet
-from transfer.sender import CancelRoom, RoomClosed
 
 STRANGER = "stranger"
 OFFERED = [5, 6, 7]

@@ -10,9 +10,8 @@ from common.messages import Heartbeat, KvAbort, KvDone, KvRequest, PrefillToDeco
 from common.process import own_mark
 from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
 from tests.support.transfer_bench import OPTIONS, Bench, delay_writes
+from transfer.commands import CancelKv, CancelRoom, KvLost, PagesQuiet, ReserveKv, RoomClosed
 from transfer.loopback import Fault
-from transfer.receiver import CancelKv, KvLost, PagesQuiet, ReserveKv
-from transfer.sender import CancelRoom, RoomClosed
 
 
 @pytest.fixture
