@@ -8,11 +8,11 @@ fields say.
 
 import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from huggingface_hub import snapshot_download
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from common.errors import CheckpointError, UsageError
 
@@ -24,6 +24,7 @@ _ROPE_OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """Types of rotary positions that are implemented, and the options that each cannot do without."""
 _DTYPES = ("bfloat16", "float16", "float32")
+_Size = Annotated[int, Meta(ge=1)]
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 
 
@@ -34,6 +35,19 @@ class RopeConfig(Struct, frozen=True, kw_only=True):
     theta: float
     options: dict[str, float | int | bool]
     """What the type needs besides, by transformers' names: `factor`, `original_max_position_embeddings` and so on."""
+
+
+class Fp8Config(Struct, frozen=True, kw_only=True):
+    """Matrices are stored as float8 numbers with a scale for each block. The one way to quantise that is read.
+
+    Which matrices they are is in the files' headers, so `modules_to_not_convert` is not read.
+    """
+
+    quant_method: Literal["fp8"]
+    weight_block_size: tuple[_Size, _Size]
+    """Rows and columns of a block."""
+    fmt: Literal["e4m3"] = "e4m3"
+    activation_scheme: Literal["dynamic"] = "dynamic"
 
 
 class ModelConfig(Struct, frozen=True, kw_only=True):
@@ -65,6 +79,8 @@ class ModelConfig(Struct, frozen=True, kw_only=True):
     """Ascending; empty if the checkpoint names none."""
     dtype: str | None
     """bfloat16, float16 or float32; None if the checkpoint names none."""
+    quantization_config: Fp8Config | None
+    """None if the weights are stored as they are computed with."""
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -77,7 +93,6 @@ def load_model_config(folder: Path) -> ModelConfig:
     fields.refuse_unless("hidden_act", fields.optional("hidden_act", str, "silu") == "silu", "only silu is implemented")
     sliding = fields.optional("use_sliding_window", bool, False)
     fields.refuse_unless("use_sliding_window", not sliding, "not implemented")
-    fields.refuse_unless("quantization_config", "quantization_config" not in fields, "not implemented")
     hidden_size = fields.required("hidden_size", int, ge=1)
     num_layers = fields.required("num_hidden_layers", int, ge=1)
     num_heads = fields.required("num_attention_heads", int, ge=1)
@@ -114,6 +129,7 @@ def load_model_config(folder: Path) -> ModelConfig:
         rope=_rope(fields, max_position_embeddings),
         eos_token_ids=_eos_token_ids(folder, fields),
         dtype=dtype,
+        quantization_config=fields.optional("quantization_config", Fp8Config, None),
     )
 
 

@@ -71,7 +71,9 @@ class Qwen3Moe(nn.Module):
             cast(_Layer, layer).add_weights(f"model.layers.{index}.", targets, fused)
         # Some tools write the tied matrix a second time.
         tolerated = frozenset({"lm_head.weight"} if self.config.tie_word_embeddings else ())
-        return WeightTable(targets, fused, tolerated)
+        quantization = self.config.quantization_config
+        fp8_block = None if quantization is None else quantization.weight_block_size
+        return WeightTable(targets, fused, tolerated, fp8_block)
 
 
 class _Maker:

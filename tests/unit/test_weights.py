@@ -16,12 +16,13 @@ from transformers import AutoConfig
 from common.config import ModelOptions
 from common.errors import CheckpointError, UsageError
 from common.kernels.torch_kernels import TorchKernels
-from common.models.config import load_model_config, resolve_checkpoint
+from common.models.config import Fp8Config, load_model_config, resolve_checkpoint
 from common.models.qwen3_moe import Qwen3Moe
 from common.models.registry import build_model
-from tests.support.checkpoints import SHAPES, make_checkpoint
+from tests.support.checkpoints import SHAPES, edit_config, edit_tensors, make_checkpoint
 
 CPU = torch.device("cpu")
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 EXPERT = "model.layers.0.mlp.experts.3.gate_proj.weight"
 
 
@@ -47,18 +48,6 @@ def assert_equal_weights(ours: torch.nn.Module, theirs: torch.nn.Module) -> None
     assert pairs
     for (name, our), (_, their) in pairs:
         assert torch.equal(our, their), name
-
-
-def edit_tensors(folder: Path, edit) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    edit(tensors)
-    save_file(tensors, folder / "model.safetensors")
-
-
-def edit_config(folder: Path, **fields: Any) -> None:
-    """Change fields of config.json; `...` removes one."""
-    config = json.loads((folder / "config.json").read_text()) | fields
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not ...}))
 
 
 # ------------------------------------------------------------------------------------------------ tensors
@@ -224,7 +213,7 @@ def test_dummy_weights_repeat_themselves_and_need_no_file(folder, dtype):
 def test_config_agrees_with_transformers(checkpoints, shape):
     ours, theirs = load_model_config(checkpoints[shape]), AutoConfig.from_pretrained(checkpoints[shape])
     for name in ours.__struct_fields__:
-        if name not in ("top_k", "moe_layer_ids", "rope", "eos_token_ids", "dtype"):
+        if name not in ("top_k", "moe_layer_ids", "rope", "eos_token_ids", "dtype", "quantization_config"):
             assert getattr(ours, name) == getattr(theirs, name), name
     assert ours.top_k == theirs.num_experts_per_tok
     assert (ours.rope.type, ours.rope.theta) == (
@@ -233,6 +222,7 @@ def test_config_agrees_with_transformers(checkpoints, shape):
     )
     assert ours.eos_token_ids == (0, 2)
     assert ours.dtype == "float32"
+    assert ours.quantization_config is None
     assert ours.moe_layer_ids == {"plain": (0, 1, 2), "wide": (0, 1, 2), "mixed": (1, 5)}[shape]
 
 
@@ -270,6 +260,16 @@ def test_end_tokens_are_those_of_both_files(folder):
     assert load_model_config(folder).eos_token_ids == ()
 
 
+def test_float8_blocks_are_read(folder):
+    edit_config(folder, quantization_config=FP8 | {"weight_block_size": [64, 128]})
+    assert load_model_config(folder).quantization_config == Fp8Config(quant_method="fp8", weight_block_size=(64, 128))
+    described = {"activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]}
+    edit_config(folder, quantization_config=FP8 | described)
+    assert load_model_config(folder).quantization_config == Fp8Config(quant_method="fp8", weight_block_size=(128, 128))
+    edit_config(folder, quantization_config=None)
+    assert load_model_config(folder).quantization_config is None
+
+
 def test_head_size_may_be_left_out(folder):
     edit_config(folder, head_dim=...)
     assert load_model_config(folder).head_dim == 12
@@ -282,7 +282,16 @@ def test_head_size_may_be_left_out(folder):
         ({"model_type": ...}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"quantization_config": {}}, r"quantization_config: .*`quant_method`"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantization_config: .*`\$\.quant_method`"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantization_config: .*`\$\.quant_method`"),
+        ({"quantization_config": {"quant_method": "fp8"}}, r"quantization_config: .*`weight_block_size`"),
+        ({"quantization_config": FP8 | {"weight_block_size": None}}, r"quantization_config: .*weight_block_size"),
+        ({"quantization_config": FP8 | {"weight_block_size": [128]}}, r"quantization_config: .*weight_block_size"),
+        ({"quantization_config": FP8 | {"weight_block_size": [128, 0]}}, r"quantization_config: .*weight_block_size"),
+        ({"quantization_config": FP8 | {"weight_block_size": [1.5, 1]}}, r"quantization_config: .*weight_block_size"),
+        ({"quantization_config": FP8 | {"fmt": "e5m2"}}, r"quantization_config: .*`\$\.fmt`"),
+        ({"quantization_config": FP8 | {"activation_scheme": "static"}}, r"quantization_config: .*activation_scheme"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "rope_parameters"),
