@@ -377,6 +377,8 @@ class ProcessMark(Struct, frozen=True, kw_only=True):
 
     boot_id: str
     """Drawn anew by the kernel at every start of the host."""
+    network_namespace: int
+    """Where no two processes can listen at one address at a time."""
     pid_namespace: int
     pid: int
     started_ticks: int

@@ -78,7 +78,13 @@ def own_mark() -> ProcessMark:
     """The mark of this process (Linux)."""
     started = _start_of(os.getpid())
     assert started is not None, "this process is running"
-    return ProcessMark(boot_id=_boot_id(), pid_namespace=_pid_namespace(), pid=os.getpid(), started_ticks=started)
+    return ProcessMark(
+        boot_id=_boot_id(),
+        network_namespace=_namespace("net"),
+        pid_namespace=_namespace("pid"),
+        pid=os.getpid(),
+        started_ticks=started,
+    )
 
 
 def is_gone(mark: ProcessMark) -> bool:
@@ -86,7 +92,7 @@ def is_gone(mark: ProcessMark) -> bool:
 
     A stopped process still runs. Of a process elsewhere nothing can be said, so it is never proven to be gone.
     """
-    if (mark.boot_id, mark.pid_namespace) != (_boot_id(), _pid_namespace()):
+    if (mark.boot_id, mark.pid_namespace) != (_boot_id(), _namespace("pid")):
         return False
     return _start_of(mark.pid) != mark.started_ticks
 
@@ -111,8 +117,8 @@ def _boot_id() -> str:
 
 
 @cache
-def _pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
+def _namespace(kind: str) -> int:
+    return os.stat(f"/proc/self/ns/{kind}").st_ino
 
 
 # ------------------------------------------------------------------------------------------------ children

@@ -250,7 +250,7 @@ class Receiver:
                 else:
                     self._send_request(room, life)
             elif room.life.id != life.id:
-                room.life.has_been_replaced = room.life.process.boot_id == life.process.boot_id
+                room.life.meet(life)
                 if room.state is ReceiverState.REQUESTED:
                     self._lose(room, f"the prefill worker at {source.address} has been restarted")
         self._release_gone()

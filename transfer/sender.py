@@ -170,8 +170,7 @@ class Sender:
             case OpenRoom():
                 self._open(command, room)
             case CancelRoom() if room is not None:
-                room.code = command.code if room.error is None else room.code
-                self._drain(command.room, room, command.error, leg="prefill")
+                self._drain(command.room, room, command.error, code=command.code, leg="prefill")
             case PagesReady() if room is not None:
                 room.ready_pages += command.pages
             case FinishRoom() if room is not None:
@@ -361,10 +360,10 @@ class Sender:
         self.num_writes += 1
         self.num_bytes += write.num_bytes
 
-    def _drain(self, room_id: int, room: _Room, error: str, *, leg: Leg = "decode") -> None:
+    def _drain(self, room_id: int, room: _Room, error: str, *, code: str = "leg_failed", leg: Leg = "decode") -> None:
         """Post no more; close at once if nothing is in progress, else when it has completed."""
         if room.error is None:
-            room.error, room.leg = error, leg
+            room.error, room.code, room.leg = error, code, leg
         room.deadline = math.inf
         if room.in_progress:
             if room.state is not SenderState.DRAINING:

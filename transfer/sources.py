@@ -30,7 +30,16 @@ class Life:
     id: str
     process: ProcessMark
     has_been_replaced: bool = False
-    """Another process of the same host has its address: it can only have ended."""
+    """Another process has its address, which it could not while this one lived."""
+
+    def meet(self, successor: "Life") -> None:
+        """Another process answers at its address.
+
+        That is proof only if both listen in one network: an address may also move to another host or container, while the
+        process that was there runs on.
+        """
+        old, new = self.process, successor.process
+        self.has_been_replaced |= (old.boot_id, old.network_namespace) == (new.boot_id, new.network_namespace)
 
     @property
     def is_gone(self) -> bool:

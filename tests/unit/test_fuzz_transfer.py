@@ -47,6 +47,7 @@ PEERS = st.sampled_from([PREFILL, DECODE, STRANGER, "", "\0", "p" * 300])
 MARKS = st.just(own_mark()) | st.builds(
     ProcessMark,
     boot_id=st.sampled_from([own_mark().boot_id, "", "\0"]),
+    network_namespace=st.sampled_from([own_mark().network_namespace, 0, -1]),
     pid_namespace=st.sampled_from([own_mark().pid_namespace, -1, 2**64 - 1]),
     pid=st.sampled_from([own_mark().pid, 0, -1, 2**22, 2**64 - 1]),
     started_ticks=NUMBERS,
@@ -173,7 +174,9 @@ class Rig(Bench):
         if isinstance(message, KvRequest):
             self.allowed[who] |= set(message.pages)
         if isinstance(message, HelloReply):
-            self.has_moved |= who == PREFILL and message.process.boot_id != own_mark().boot_id
+            own, told = own_mark(), message.process
+            is_here = (told.boot_id, told.network_namespace) == (own.boot_id, own.network_namespace)
+            self.has_moved |= who == PREFILL and not is_here
         self.senders[who].send(to, message)
 
     def look(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -114,10 +115,11 @@ def test_a_restarted_prefill_worker_is_proof_that_the_old_one_is_gone(bench: Ben
     assert bench.arrived().room == bench.ROOM
 
 
-def test_a_process_of_another_host_at_the_address_proves_nothing(bench: Bench):
+@pytest.mark.parametrize("elsewhere", [{"boot_id": "another"}, {"network_namespace": 1}])
+def test_a_process_of_another_host_or_container_at_the_address_proves_nothing(bench: Bench, elsewhere: dict[str, Any]):
     """An address may have moved while the old process still runs: its pages stay in quarantine, whatever the new one says."""
     sender = bench.start_sender("prefill-2")
-    sender._process = replace(own_mark(), boot_id="another")
+    sender._process = replace(own_mark(), **elsewhere)
     bench.sleep(2)
     assert "restarted" in lost(bench).error.message
     bench.sleep(10 * OPTIONS.transfer_deadline_s)

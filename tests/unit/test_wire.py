@@ -63,7 +63,7 @@ OPTIONS = RequestOptions(
 POOL = PoolInfo(
     base_address=2**63, num_pages=4, page_bytes=8, page_size=2, device_id=1, memory="VRAM", layout="page[head=2]"
 )
-MARK = ProcessMark(boot_id="b", pid_namespace=1, pid=2, started_ticks=3)
+MARK = ProcessMark(boot_id="b", network_namespace=4, pid_namespace=1, pid=2, started_ticks=3)
 ERROR = ErrorReport(status=502, message="nö", code="leg_failed", leg="decode", stage="transfer", rid="r")
 
 TO_ENGINE: list[FrontendToEngine] = [
