@@ -86,8 +86,11 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     ] = 0
     max_quarantine: Annotated[
         float,
-        option("part of the KV pool that may be in quarantine before the worker is unhealthy and refuses", gt=0, le=1),
+        option("part of the KV pool that may be in quarantine before the worker takes no more requests", gt=0, le=1),
     ] = 0.5
+    quarantine_patience_s: Annotated[
+        float, option("how long more than that may be in quarantine: many aborts at once are no fault", unit="s", gt=0)
+    ] = 5.0
     watchdog_s: Annotated[
         float,
         option(

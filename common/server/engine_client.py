@@ -81,7 +81,8 @@ class EngineClient:
         self._silence: ErrorReport | None = None
         """Why the engine is sent nothing now: it is gone, or silent."""
         self._crowding: ErrorReport | None = None
-        """Why it is sent no requests now, although it is alive: too many of its pages are in quarantine."""
+        """Why it is sent no requests now, although it is alive: too many of its pages are in quarantine, and have been."""
+        self._crowded_since: float | None = None
         self.ready: asyncio.Future[EngineReady] = asyncio.get_running_loop().create_future()
 
     @property
@@ -239,9 +240,15 @@ class EngineClient:
                 assert_never(message)
 
     def _on_beat(self, beat: Beat) -> None:
-        is_crowded = beat.quarantined_pages > self._options.max_quarantine * beat.num_pages
+        if beat.quarantined_pages <= self._options.max_quarantine * beat.num_pages:
+            self._crowded_since = self._crowding = None
+            return
+        now = self._clock()
+        self._crowded_since = now if self._crowded_since is None else self._crowded_since
+        if now - self._crowded_since < self._options.quarantine_patience_s:
+            return
         message = f"{beat.quarantined_pages} of {beat.num_pages} KV pages are in quarantine"
-        self._crowding = self._unavailable(message, "quarantine_full") if is_crowded else None
+        self._crowding = self._unavailable(message, "quarantine_full")
 
     def _put(self, rid: str, update: Update) -> None:
         queue = self._updates.get(rid)

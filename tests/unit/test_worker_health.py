@@ -96,12 +96,22 @@ async def test_what_waits_to_be_read_is_read_before_the_engine_is_blamed():
 
 
 async def test_too_many_pages_in_quarantine():
-    async with scripted_worker(options=EngineOptions(max_quarantine=0.5)) as worker:
+    async with scripted_worker(options=EngineOptions(max_quarantine=0.5, quarantine_patience_s=5.0)) as worker:
         beat(worker, quarantined=5)
         assert (await worker.get("/health"))[0] == 200
         assert await served(worker)
         request = asyncio.create_task(worker.post(**asked()))
         running = await worker.engine.next_generate()
+        beat(worker, quarantined=6)
+        await worker.clock.advance(4.9)
+        beat(worker, quarantined=6)
+        assert (await worker.get("/health"))[0] == 200, "many aborts at once are no fault"
+        beat(worker, quarantined=5)
+        beat(worker, quarantined=6)
+        await worker.clock.advance(4.9)
+        beat(worker, quarantined=6)
+        assert (await worker.get("/health"))[0] == 200, "it had come back in between"
+        await worker.clock.advance(0.1)
         beat(worker, quarantined=6)
         reason = "6 of 10 KV pages are in quarantine"
         assert await worker.get("/health") == (503, {"status": "crowded", "reason": reason})
