@@ -62,6 +62,16 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     device: Annotated[Literal["auto", "cpu", "cuda"], option("where the model runs; auto: a GPU if there is one")] = (
         "auto"
     )
+    tp: Annotated[
+        int, option("ranks of the worker, each with a GPU of its own; 0: as many as --dp", unit="ranks", ge=0, le=64)
+    ] = 0
+    dp: Annotated[
+        int,
+        option(
+            "attention groups that the ranks form, each with requests and KV of its own", unit="groups", ge=1, le=64
+        ),
+    ] = 1
+    ep: Annotated[bool, option("split the experts over the ranks as wholes, not each one's width")] = False
     page_size: Annotated[int, option("slots in one KV page", unit="tokens", ge=1, le=1024)] = 16
     kv_pool_tokens: Annotated[
         int, option("slots in the KV pool; 0: from --memory-fraction on a GPU, 32768 on a CPU", unit="tokens", ge=0)

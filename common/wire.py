@@ -1,6 +1,7 @@
 """The only file that speaks ZMQ: typed channels between processes, msgpack inside, bulk bytes as frames of their own.
 
-    EngineChannel  <-> FrontendChannel     one engine rank and its HTTP frontend, over a private ipc socket
+    EngineChannel  <-> FrontendChannel     a leading engine rank and its HTTP frontend, over a private ipc socket
+    RankLink       <-> RankLink            the ranks of one worker, likewise
     ControlDialer  <-> ControlListener     decode engines and prefill engines, over TCP
 
 Sends never block and never wait for a peer. A message that does not decode is dropped and counted, never raised: it came from
@@ -114,6 +115,10 @@ class EngineChannel(_Waiting):
         self._poller.register(self._socket, zmq.POLLIN)
         self._codec: _Codec[FrontendToEngine, EngineToFrontend] = _Codec(FrontendToEngine)
 
+    def watch(self, link: "RankLink[Any, Any]") -> None:
+        """Let what other ranks say end a `wait` too."""
+        self._poller.register(link.socket, zmq.POLLIN)
+
     def send(self, message: EngineToFrontend, *frames: Frame) -> None:
         """Queue a message; large frames are not copied and must not change until they are sent."""
         self._socket.send(self._codec.encode(message), zmq.SNDMORE if frames else 0)
@@ -157,6 +162,44 @@ class FrontendChannel:
     def close(self) -> None:
         """Close at once."""
         self._context.destroy(linger=100)
+
+
+# ------------------------------------------------------------------------------------------------ rank <-> rank
+
+
+class RankLink(_Waiting, Generic[Inbound, Outbound]):
+    """One rank's end of a talk among the ranks of its worker; links of one `name` in one `folder` reach each other.
+
+    Messages from one rank arrive in order, and wait for a rank that has not opened its end yet.
+    """
+
+    def __init__(self, folder: str, name: str, rank: int, inbound: Any) -> None:
+        super().__init__()
+        self._path = f"ipc://{folder}/{name}"
+        self._context = zmq.Context()
+        self._codec: _Codec[Inbound, Outbound] = _Codec(inbound)
+        self.socket = _open(self._context, zmq.PULL)
+        """To be watched by others too: `EngineChannel.watch`."""
+        self.socket.bind(f"{self._path}-{rank}")
+        self._poller.register(self.socket, zmq.POLLIN)
+        self._others: dict[int, zmq.Socket[bytes]] = {}
+
+    def send(self, rank: int, message: Outbound) -> None:
+        """Queue a message to another rank; never blocks."""
+        socket = self._others.get(rank)
+        if socket is None:
+            socket = self._others[rank] = _open(self._context, zmq.PUSH)
+            socket.connect(f"{self._path}-{rank}")
+        socket.send(self._codec.encode(message))
+
+    def receive(self) -> list[Inbound]:
+        """All messages that are here."""
+        return [message for (frame,) in _receive_all(self.socket) if (message := self._codec.decode(frame)) is not None]
+
+    def close(self) -> None:
+        """Send what is queued, for a moment, and close."""
+        self._context.destroy(linger=100)
+        self._waker.close()
 
 
 # ------------------------------------------------------------------------------------------------ decode <-> prefill
