@@ -18,6 +18,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from common.errors import UsageError
+from common.ranks import Ranks, choose_ranks
 
 Config = TypeVar("Config", bound=Struct)
 
@@ -89,6 +90,12 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
             "fused: Triton and flashinfer, for 16-bit types on a GPU; torch: slow, anywhere; auto: fused where it can run"
         ),
     ] = "auto"
+    fp8: Annotated[
+        Literal["auto", "native", "dequantised"],
+        option(
+            "experts of an FP8 checkpoint: native: as they are, with fused kernels on Hopper; auto: so where it can be"
+        ),
+    ] = "auto"
     cuda_graphs: Annotated[bool, option("with fused kernels: run small steps as captured CUDA graphs")] = True
     verify_rows: Annotated[bool, option("check every routed-expert row before it leaves")] = True
     cpu_threads: Annotated[
@@ -111,6 +118,11 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         float, option("longest silence of an engine before its requests fail; it beats once a second", unit="s", gt=2)
     ] = 30.0
     health_deadline_s: Annotated[float, option("longest time that a health check may take", unit="s", gt=0)] = 30.0
+
+    @property
+    def ranks(self) -> Ranks:
+        """The worker's ranks. Raises UsageError if the attention groups do not come out even."""
+        return choose_ranks(tp=self.tp, dp=self.dp, ep=self.ep)
 
 
 class ServerOptions(Struct, frozen=True, kw_only=True):

@@ -13,9 +13,13 @@ PeerId = NewType("PeerId", str)
 MAX_ROOM = 2**63 - 1
 
 
-def new_room() -> Room:
-    """Draw a room in `[1, 2**63)`; 0 is left out so that it can never pass for a missing one."""
-    return Room(secrets.randbelow(MAX_ROOM) + 1)
+def new_room(group: int = 0, groups: int = 1) -> Room:
+    """Draw a room in `[1, 2**63)` with `room % groups == group`, by which a prefill worker of so many groups places it.
+
+    0 is left out so that it can never pass for a missing one.
+    """
+    least = group or groups
+    return Room(least + groups * secrets.randbelow((MAX_ROOM - least) // groups + 1))
 
 
 def new_peer_id(role: str) -> PeerId:

@@ -72,6 +72,8 @@ class RequestOptions(Struct, frozen=True, kw_only=True):
     return_routed_experts: bool = False
     routed_experts_start_len: int = 0
     routed_experts_dtype: Literal["int32", "auto"] = "int32"
+    data_parallel_rank: int | None = None
+    """The attention group of the worker that is to have the request; None: the worker chooses."""
 
 
 class Bootstrap(Struct, frozen=True):
@@ -360,18 +362,6 @@ EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlush
 # ------------------------------------------------------------------------------------------------ decode -> prefill
 
 
-class PoolInfo(Struct, frozen=True, kw_only=True):
-    """One side's KV pool as the other side must see it: pages of `page_bytes` from `base_address` on."""
-
-    base_address: int
-    num_pages: int
-    page_bytes: int
-    page_size: int
-    device_id: int
-    memory: Literal["DRAM", "VRAM"]
-    layout: str
-
-
 class ProcessMark(Struct, frozen=True, kw_only=True):
     """Tells one process from all others that ever ran; by it others on the same host can see whether it is gone."""
 
@@ -385,13 +375,45 @@ class ProcessMark(Struct, frozen=True, kw_only=True):
     """When the process started, by its host's clock."""
 
 
+class PoolPart(Struct, frozen=True, kw_only=True):
+    """What one rank holds of its group's KV pool: some heads of every page, page after page from `base_address` on."""
+
+    agent: str
+    """What the rank's agent is called; the leader's name is that of the peer."""
+    agent_metadata: bytes
+    process: ProcessMark
+    base_address: int
+    device_id: int
+    first_head: int
+    num_heads: int
+
+
+class PoolInfo(Struct, frozen=True, kw_only=True):
+    """The KV pool of one side's attention group as the other side must see it. A page is spread over the group's ranks."""
+
+    num_pages: int
+    page_size: int
+    memory: Literal["DRAM", "VRAM"]
+    layout: str
+    """Says how a whole page is laid out, however many ranks share it."""
+    num_kv_heads: int
+    """Of the model."""
+    head_bytes: int
+    """One head's share of a page."""
+    parts: tuple[PoolPart, ...]
+    """By the ranks' places in the group."""
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page in all ranks together; a head that several of them hold counts as often."""
+        return sum(part.num_heads for part in self.parts) * self.head_bytes
+
+
 class Hello(Struct, frozen=True, tag=True, kw_only=True):
     """First message of a decode worker to a prefill worker: who it is, and where its pages are."""
 
     peer: str
-    process: ProcessMark
     protocol: int
-    agent_metadata: bytes
     pool: PoolInfo
     weight_version: str
 
@@ -443,7 +465,10 @@ class HelloReply(Struct, frozen=True, tag=True, kw_only=True):
     """The prefill worker's answer to `Hello`; `refusal` says why the two cannot be a pair."""
 
     peer: str
-    process: ProcessMark
+    processes: tuple[ProcessMark, ...]
+    """Those of all ranks that may write: of the one that answers first."""
+    dp: int = 1
+    """Attention groups of the worker; each listens at a port of its own, one after the other."""
     refusal: str | None = None
 
 

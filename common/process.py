@@ -19,7 +19,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -47,11 +48,34 @@ def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     try:
         code = main(sys.argv[1:]) or 0
     except UsageError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        code = EXIT_USAGE
+        code = _say(error)
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def run_and_leave(run: Callable[[], None]) -> NoReturn:
+    """Run, and end the process at once, with the exit codes of `run_main`.
+
+    Nothing is torn down in order: a device's libraries could wait for ever for other ranks that are gone or stuck.
+    """
+    code = 1
+    try:
+        run()
+        code = 0
+    except UsageError as error:
+        code = _say(error)
+    except Exception:  # noqa: BLE001  the top of a process
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _say(error: UsageError) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return EXIT_USAGE
 
 
 def die_with_parent() -> None:
@@ -214,21 +238,41 @@ def ensure_port_free(host: str, port: int) -> None:
         raise UsageError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Choose `count` different ports that nobody listens on. Another process may still be faster: use them soon.
+def free_port_runs(lengths: Sequence[int], host: str = "127.0.0.1") -> list[int]:
+    """Choose the first ports of runs of so many consecutive ports that nobody listens on; no two runs overlap.
 
-    They lie below the range from which systems choose the ports of outgoing connections, which could take them meanwhile.
+    Another process may still be faster: use them soon. They lie below the range from which systems choose the ports of
+    outgoing connections, which could take them meanwhile.
     """
-    chosen: list[int] = []
-    for port in random.sample(_LISTENING_PORTS, len(_LISTENING_PORTS)):
-        if len(chosen) == count:
-            break
-        with contextlib.suppress(UsageError):
-            ensure_port_free(host, port)
-            chosen.append(port)
-    return chosen
+    starts: list[int] = []
+    taken: set[int] = set()
+    candidates = iter(random.sample(_LISTENING_PORTS, len(_LISTENING_PORTS)))
+    for length in lengths:
+        for start in candidates:
+            run = range(start, start + length)
+            if taken.isdisjoint(run) and run.stop <= _LISTENING_PORTS.stop and _are_free(host, run):
+                break
+        else:
+            raise UsageError(f"there are no {length} consecutive free ports on {host}")
+        starts.append(start)
+        taken.update(run)
+    return starts
+
+
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Choose `count` different ports that nobody listens on, as `free_port_runs` does."""
+    return free_port_runs([1] * count, host)
 
 
 def free_port(host: str = "127.0.0.1") -> int:
     """Choose one port that nobody listens on."""
     return free_ports(1, host)[0]
+
+
+def _are_free(host: str, ports: range) -> bool:
+    try:
+        for port in ports:
+            ensure_port_free(host, port)
+    except UsageError:
+        return False
+    return True

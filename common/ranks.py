@@ -74,6 +74,11 @@ class Rank(Struct, frozen=True):
         return self.place == 0
 
     @property
+    def process_name(self) -> str:
+        """What its process is called in logs."""
+        return "engine" if self.of.tp == 1 else f"engine-{self.index}"
+
+    @property
     def followers(self) -> range:
         """The other ranks of its group, if it is the leader; none otherwise."""
         return range(self.index + 1, self.index + self.of.group_size) if self.is_leader else range(0)

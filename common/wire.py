@@ -104,6 +104,11 @@ class _Codec(Generic[Inbound, Outbound]):
 # ------------------------------------------------------------------------------------------------ frontend <-> engine
 
 
+def engine_endpoint(folder: str, group: int) -> str:
+    """Where a worker's frontend talks to the leader of an attention group; `folder` is the worker's own."""
+    return f"ipc://{folder}/engine-{group}"
+
+
 class EngineChannel(_Waiting):
     """The engine's end: plain calls for a thread with a loop of its own."""
 

@@ -1,39 +1,44 @@
-"""The decode worker's engine process: `python -m decode_worker.engine_process ENDPOINT flags...`, started by the frontend.
+"""One rank of a decode worker: `python -m decode_worker.engine_process FOLDER RANK flags...`, started by the frontend.
 
 Two threads: the engine's loop in the main one, the transfer in its own.
 """
 
-from common.engine.engine import EngineParts, build_engine
-from common.engine.loop import serve
+from functools import partial
+
+from common.engine.build import EngineParts, build_engine, build_follower
+from common.engine.loop import serve, serve_follower
+from common.engine.mates import Mates
+from common.engine.rank_process import run_rank
 from common.ids import new_peer_id
 from common.messages import DecodeToPrefill, PrefillToDecode
-from common.observability.logging import configure_logging
 from common.process import run_main
-from common.wire import ControlDialer, EngineChannel
+from common.wire import ControlDialer, EngineChannel, engine_endpoint
+from decode_worker.config import DecodeConfig
 from decode_worker.process import read_config
 from decode_worker.worker import DecodeWorker
-from transfer.agent import NixlAgent
 from transfer.config import read_secret
 from transfer.endpoint import Mailbox, TransferThread
+from transfer.group import open_agent
+from transfer.hand import open_hand
 from transfer.receiver import Receiver
 
 
 def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
-    """Load the model, then serve the frontend until it says `Shutdown`."""
-    endpoint, *flags = argv
-    config = read_config(flags)
-    configure_logging("decode/engine", config.server.log_level)
-    channel = EngineChannel(endpoint)
-    engine = build_engine(config.model, config.engine, chunked_prefill_tokens=0, parts=parts)
-    peer_id, pool = new_peer_id("decode"), engine.kv_pool.info()
+    """Load the rank's part of the model; then lead its attention group until the frontend says `Shutdown`, or follow."""
+    run_rank(argv, "decode", read_config, lead=partial(_lead, parts), follow=partial(_follow, parts))
+
+
+def _lead(parts: EngineParts, config: DecodeConfig, mates: Mates) -> None:
+    channel = EngineChannel(engine_endpoint(mates.folder, mates.rank.group))
+    engine = build_engine(config.model, config.engine, chunked_prefill_tokens=0, mates=mates, parts=parts)
+    peer_id = new_peer_id("decode")
     link: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(
         peer_id, PrefillToDecode, secret=read_secret(config.transfer)
     )
     receiver = Receiver(
-        NixlAgent(peer_id, pool),
+        open_agent(peer_id, engine.kv_pool.info(), mates.rank, mates.folder),
         link,
         Mailbox(link.wake, channel.wake),
-        pool,
         config.transfer,
         peer_id=peer_id,
         weight_version=engine.weight_version,
@@ -46,6 +51,7 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         verify_rows=config.engine.verify_rows,
         wake=channel.wake,
     )
+    mates.wake(channel)
     serve(
         channel,
         engine,
@@ -55,6 +61,13 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
     )
+
+
+def _follow(parts: EngineParts, config: DecodeConfig, mates: Mates) -> None:
+    follower = build_follower(config.model, config.engine, chunked_prefill_tokens=0, mates=mates, parts=parts)
+    hand = open_hand(new_peer_id("decode"), follower.forward.kv_pool.info(), mates.rank, mates.folder)
+    thread = TransferThread(hand, mates.wake_follower)
+    serve_follower(follower, thread, shutdown_deadline_s=config.server.shutdown_deadline_s)
 
 
 if __name__ == "__main__":

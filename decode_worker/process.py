@@ -1,6 +1,6 @@
-"""The decode worker as a process: its flags, and the frontend that serves HTTP and starts the engine process.
+"""The decode worker as a process: its flags, and the frontend that serves HTTP and starts the engine processes.
 
-Neighbours: `common.server.frontend` (all of the frontend), `decode_worker.engine_process` (the child).
+Neighbours: `common.server.frontend` (all of the frontend), `decode_worker.engine_process` (a child).
 """
 
 from common.config import parse_config

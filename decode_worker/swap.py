@@ -6,8 +6,6 @@ computed again: the rows of emitted tokens are copied out with the KV that they 
 
 from dataclasses import dataclass
 
-import torch
-
 from common.engine.engine import Engine
 from common.memory.layout import num_pages_for, slots_of
 from common.routed_experts.host_cache import Rows, Slots
@@ -16,8 +14,9 @@ from common.scheduling.request import Request, RequestState
 
 @dataclass(frozen=True, slots=True)
 class _Swapped:
-    kv_pages: torch.Tensor
-    """`[pages, ...]` on the host."""
+    key: int
+    """What the engine knows the KV pages by."""
+    num_pages: int
     positions: Slots
     """Positions whose rows were written; the prompt's are the prefill worker's."""
     rows: Rows
@@ -30,6 +29,7 @@ class SwapSpace:
         self._engine = engine
         self._swapped: dict[Request, _Swapped] = {}
         self.num_swaps = 0
+        """Swapped out so far; each has its number as its key."""
 
     def out(self, request: Request) -> None:
         """Copy what the request has computed to the host and free its row and pages. Blocks until the copy is there."""
@@ -38,8 +38,8 @@ class SwapSpace:
         slots = slots_of(request.pages, 0, request.computed_tokens, page_size)
         rows, written = engine.host_cache.read(slots)
         num_pages = num_pages_for(request.computed_tokens, page_size)
-        kv_pages = engine.kv_pool.read(request.pages[:num_pages])
-        self._swapped[request] = _Swapped(kv_pages, written.nonzero()[0], rows[written])
+        engine.swap_out(self.num_swaps, request.pages[:num_pages])
+        self._swapped[request] = _Swapped(self.num_swaps, num_pages, written.nonzero()[0], rows[written])
         request.advance(RequestState.SWAPPED)
         request.planned_tokens = request.computed_tokens
         engine.seats.give_back_row(request)
@@ -50,7 +50,7 @@ class SwapSpace:
         """Seat the request on new pages and put its KV and rows into them."""
         engine, swapped = self._engine, self._swapped.pop(request)
         engine.seats.take(request, pages)
-        engine.kv_pool.write(pages[: len(swapped.kv_pages)], swapped.kv_pages)
+        engine.swap_in(swapped.key, pages[: swapped.num_pages])
         slots = slots_of(pages, 0, request.computed_tokens, engine.capacity.page_size)[swapped.positions]
         engine.host_cache.commit(engine.host_cache.reserve(slots), swapped.rows)
         request.advance(RequestState.RUNNING)
@@ -62,4 +62,6 @@ class SwapSpace:
 
     def drop(self, request: Request) -> None:
         """Forget a swapped request that has ended."""
-        self._swapped.pop(request, None)
+        swapped = self._swapped.pop(request, None)
+        if swapped is not None:
+            self._engine.forget_swapped(swapped.key)

@@ -181,6 +181,7 @@ class DecodeWorker:
                 ReceiveKv(
                     room=room,
                     source=_source_of(bootstrap),
+                    first_room=bootstrap.room,
                     first_page=first_page,
                     pages=request.pages[first_page:num_prompt_pages],
                     prompt_tokens=request.num_prompt_tokens,
@@ -204,7 +205,8 @@ class DecodeWorker:
         for request in siblings:
             bootstrap = request.message.bootstrap
             if bootstrap is not None and request.state is RequestState.QUEUED:
-                self._mailbox.submit(ReserveKv(bootstrap.rooms[request.index], _source_of(bootstrap)))
+                room = bootstrap.rooms[request.index]
+                self._mailbox.submit(ReserveKv(room, _source_of(bootstrap), bootstrap.room))
 
     def on_settled(self, result: StepResult) -> None:
         """Take each request's token; one that had ended before the step was known to be surplus loses it."""
@@ -236,7 +238,8 @@ class DecodeWorker:
         for request in samples:
             bootstrap = request.message.bootstrap
             if bootstrap is not None:
-                self._mailbox.submit(CancelKv(bootstrap.rooms[request.index], _source_of(bootstrap)))
+                room = bootstrap.rooms[request.index]
+                self._mailbox.submit(CancelKv(room, _source_of(bootstrap), bootstrap.room))
 
     def is_quiet(self, request: Request) -> bool:
         """Whether no peer writes into its pages any more; while one may, the sample is in quarantine."""

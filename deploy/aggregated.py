@@ -220,7 +220,7 @@ class AggregatedWorker:
         first_own = num_tokens // page_size
         begin = first_own * page_size
         if begin < num_tokens:
-            engine.kv_pool.copy(prompt.pages[first_own], [request.pages[first_own] for request in others])
+            engine.copy_page(prompt.pages[first_own], [request.pages[first_own] for request in others])
             rows, written = engine.host_cache.read(slots_of(prompt.pages, begin, num_tokens, page_size))
             for request in others:
                 slots = slots_of(request.pages, begin, num_tokens, page_size)[written]

@@ -1,26 +1,30 @@
-"""The aggregated worker's engine process: `python -m deploy.aggregated_engine ENDPOINT flags...`, started by the frontend.
+"""One rank of an aggregated worker: `python -m deploy.aggregated_engine FOLDER RANK flags...`, started by the frontend.
 
 One thread beside that of the rows: there is no transfer.
 """
 
-from common.engine.engine import EngineParts, build_engine
-from common.engine.loop import serve
-from common.observability.logging import configure_logging
+from functools import partial
+
+from common.engine.build import EngineParts, build_engine, build_follower
+from common.engine.loop import serve, serve_follower
+from common.engine.mates import Mates
+from common.engine.rank_process import run_rank
 from common.process import run_main
-from common.wire import EngineChannel
+from common.wire import EngineChannel, engine_endpoint
 from deploy.aggregated import AggregatedWorker, NoTransfer
-from deploy.aggregated_config import read_config
+from deploy.aggregated_config import AggregatedConfig, read_config
 
 
 def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
-    """Load the model, then serve the frontend until it says `Shutdown`."""
-    endpoint, *flags = argv
-    config = read_config(flags)
-    configure_logging("aggregated/engine", config.server.log_level)
-    channel = EngineChannel(endpoint)
+    """Load the rank's part of the model; then lead its attention group until the frontend says `Shutdown`, or follow."""
+    run_rank(argv, "aggregated", read_config, lead=partial(_lead, parts), follow=partial(_follow, parts))
+
+
+def _lead(parts: EngineParts, config: AggregatedConfig, mates: Mates) -> None:
+    channel = EngineChannel(engine_endpoint(mates.folder, mates.rank.group))
     options = config.aggregated
     engine = build_engine(
-        config.model, config.engine, chunked_prefill_tokens=options.chunked_prefill_tokens, parts=parts
+        config.model, config.engine, chunked_prefill_tokens=options.chunked_prefill_tokens, mates=mates, parts=parts
     )
     worker = AggregatedWorker(
         engine,
@@ -30,6 +34,7 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         verify_rows=config.engine.verify_rows,
         wake=channel.wake,
     )
+    mates.wake(channel)
     serve(
         channel,
         engine,
@@ -39,6 +44,17 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
         watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
     )
+
+
+def _follow(parts: EngineParts, config: AggregatedConfig, mates: Mates) -> None:
+    follower = build_follower(
+        config.model,
+        config.engine,
+        chunked_prefill_tokens=config.aggregated.chunked_prefill_tokens,
+        mates=mates,
+        parts=parts,
+    )
+    serve_follower(follower, NoTransfer(), shutdown_deadline_s=config.server.shutdown_deadline_s)
 
 
 if __name__ == "__main__":

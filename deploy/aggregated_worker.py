@@ -1,6 +1,6 @@
-"""The aggregated worker as a process, `python -m deploy.aggregated_worker`: the frontend, which starts the engine process.
+"""The aggregated worker as a process, `python -m deploy.aggregated_worker`: the frontend, which starts the engine processes.
 
-Neighbours: `common.server.frontend` (all of the frontend), `deploy.aggregated_engine` (the child).
+Neighbours: `common.server.frontend` (all of the frontend), `deploy.aggregated_engine` (a child).
 """
 
 from common.process import run_main

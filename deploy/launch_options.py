@@ -92,6 +92,14 @@ def deal_options(argv: list[str], roles: Roles) -> tuple[list[str], dict[RoleNam
     return own, passed
 
 
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own flags, and those of `deploy.up` that follow behind `--`."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
 def _grouped(argv: list[str]) -> list[list[str]]:
     """Each flag with the words that follow it, up to the next flag."""
     groups: list[list[str]] = []

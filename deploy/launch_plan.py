@@ -7,15 +7,17 @@ Neighbours: `deploy.launch_options` (whose flag is whose), `deploy.gpus` (what t
 (runs the plan).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
-from common.config import parse_config
+from common.config import EngineOptions, parse_config
 from common.errors import UsageError
-from common.process import free_ports
+from common.process import free_port_runs
+from common.ranks import Ranks
 from deploy.gpus import visible_gpus
 from deploy.launch_options import WORKER_HOST, LaunchConfig, LaunchOptions, Role, RoleName, Roles, deal_options
 
@@ -53,9 +55,12 @@ def plan_launch(
     roles: Roles,
     *,
     find_gpus: Callable[[], list[str]] = visible_gpus,
-    choose_ports: Callable[[int], list[int]] = free_ports,
+    choose_ports: Callable[[Sequence[int]], list[int]] = free_port_runs,
 ) -> LaunchPlan:
-    """Decide what to start. Raises UsageError for an option, a checkpoint or a number of GPUs that cannot be used."""
+    """Decide what to start. Raises UsageError for an option, a checkpoint or a number of GPUs that cannot be used.
+
+    `choose_ports` gives the first ports of runs of so many consecutive ones.
+    """
     own, _ = deal_options(argv, roles)
     launch = parse_config(
         LaunchConfig,
@@ -71,25 +76,30 @@ def plan_launch(
     roles = {name: role for name, role in roles.items() if name in (*workers, "router")}
     _, passed = deal_options(argv, roles)
 
-    placements, notes = _place(launch, len(workers), find_gpus)
-    ports = choose_ports(len(workers) + workers.count("prefill"))
+    names = [f"{role}-{index - workers.index(role)}" for index, role in enumerate(workers)]
+    to_all = [f"--model={launch.model}", f"--device={launch.device}", f"--host={WORKER_HOST}"]
+    ranks = [_ranks_of(name, roles[role], to_all + passed[role]) for name, role in zip(names, workers, strict=True)]
+    placements, notes = _place(launch, ranks, find_gpus)
+    # Each group of a prefill worker listens for decode workers: the first at the bootstrap port, the others behind it.
+    num_groups = [each.dp for role, each in zip(workers, ranks, strict=True) if role == "prefill"]
+    ports = choose_ports([1] * len(workers) + num_groups)
     http_ports, bootstrap_ports = ports[: len(workers)], ports[len(workers) :]
 
     commands: list[Command] = []
     to_router = [f"--host={launch.host}", f"--port={launch.port}"]
     for index, role in enumerate(workers):
-        name = f"{role}-{index - workers.index(role)}"
         url = f"http://{WORKER_HOST}:{http_ports[index]}"
-        flags = [f"--model={launch.model}", f"--device={launch.device}"]
-        flags += [f"--host={WORKER_HOST}", f"--port={http_ports[index]}"]
+        flags = [*to_all, f"--port={http_ports[index]}"]
         addresses = [(WORKER_HOST, http_ports[index])]
         if role == "prefill":
             flags.append(f"--bootstrap-port={bootstrap_ports[index]}")
-            addresses.append((WORKER_HOST, bootstrap_ports[index]))
+            addresses += [(WORKER_HOST, bootstrap_ports[index] + group) for group in range(ranks[index].dp)]
             to_router += ["--prefill", url, str(bootstrap_ports[index])]
         else:
             to_router += ["--decode" if role == "decode" else "--worker", url]
-        commands.append(_command(name, role, roles[role], flags + passed[role], url, addresses, placements[index]))
+        commands.append(
+            _command(names[index], role, roles[role], flags + passed[role], url, addresses, placements[index])
+        )
     worker_key = _value_of(_parsed(commands[0].name, roles[workers[0]], commands[0].arguments), "api_key")
     if worker_key:
         to_router.append(f"--worker-api-key={worker_key}")
@@ -118,6 +128,19 @@ def _workers_of(launch: LaunchOptions, own: list[str]) -> list[RoleName]:
     return ["aggregated"]
 
 
+def _ranks_of(name: str, role: Role, flags: list[str]) -> Ranks:
+    """The ranks of a worker with these options. Raises UsageError, which names the worker."""
+    config = _parsed(name, role, flags)
+    options = EngineOptions()
+    for group in msgspec.structs.fields(config):
+        if isinstance(found := getattr(config, group.name), EngineOptions):
+            options = found
+    try:
+        return options.ranks
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from error
+
+
 def _value_of(config: Struct, name: str) -> object:
     """The value of an option of whichever group has it, None if none has."""
     for group in msgspec.structs.fields(config):
@@ -144,9 +167,9 @@ def _check_model(model: str) -> None:
 
 
 class _Placement(Struct, frozen=True):
-    """Where a child runs: one GPU or none in particular, and how many children share it."""
+    """Where a child runs: its GPUs, of its ranks in order, or none in particular; and how many children share them."""
 
-    gpu: str | None = None
+    gpus: tuple[str, ...] = ()
     sharers: int = 1
 
 
@@ -154,18 +177,24 @@ _ANYWHERE = _Placement()
 
 
 def _place(
-    launch: LaunchOptions, num_workers: int, find_gpus: Callable[[], list[str]]
+    launch: LaunchOptions, ranks: list[Ranks], find_gpus: Callable[[], list[str]]
 ) -> tuple[list[_Placement], list[str]]:
-    """Give each worker a GPU of its own, or let a pair share the only one."""
+    """Give each rank of each worker a GPU of its own, or let a pair of one rank each share the only one."""
     gpus = [] if launch.device == "cpu" else find_gpus()
     if not gpus and launch.device != "cuda":
-        return [_ANYWHERE] * num_workers, []
-    if len(gpus) >= num_workers:
-        return [_Placement(gpu) for gpu in gpus[:num_workers]], []
-    if len(gpus) == 1 and num_workers == 2:
+        return [_ANYWHERE] * len(ranks), []
+    num_needed = sum(each.tp for each in ranks)
+    if len(gpus) >= num_needed:
+        left = iter(gpus)
+        return [_Placement(tuple(islice(left, each.tp))) for each in ranks], []
+    if len(gpus) == 1 and len(ranks) == num_needed == 2:
         note = f"the prefill and the decode worker share GPU {gpus[0]}, each with half of the memory fraction"
-        return [_Placement(gpus[0], sharers=2)] * 2, [note]
-    raise UsageError(f"--device {launch.device}: {num_workers} workers need as many GPUs, this machine has {len(gpus)}")
+        return [_Placement((gpus[0],), sharers=2)] * 2, [note]
+    needed = " + ".join(str(each.tp) for each in ranks)
+    raise UsageError(
+        f"--device {launch.device}: {len(ranks)} workers with {needed} ranks need {num_needed} GPUs, "
+        f"this machine has {len(gpus)}"
+    )
 
 
 def _command(
@@ -189,7 +218,7 @@ def _command(
         role=role_name,
         module=role.module,
         arguments=flags,
-        environment={} if placement.gpu is None else {"CUDA_VISIBLE_DEVICES": placement.gpu},
+        environment={"CUDA_VISIBLE_DEVICES": ",".join(placement.gpus)} if placement.gpus else {},
         url=url,
         addresses=addresses,
         stop_deadline_s=STOP_MARGIN_S

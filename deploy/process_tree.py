@@ -6,17 +6,21 @@ from pathlib import Path
 
 
 def children_of(pid: int) -> list[int]:
-    """The process ids of all children of `pid`, in ascending order; none if it is gone."""
-    return sorted(int(entry.name) for entry in Path("/proc").glob("[0-9]*") if _parent_of(entry) == pid)
+    """The process ids of all children of `pid`, in the order of their start; none if it is gone."""
+    entries = [(_parent_and_start_of(entry), int(entry.name)) for entry in Path("/proc").glob("[0-9]*")]
+    children = [(found[1], child) for found, child in entries if found is not None and found[0] == pid]
+    # Of two that were started within one tick the later one has the larger number, nearly always.
+    return [child for _, child in sorted(children)]
 
 
-def _parent_of(entry: Path) -> int | None:
+def _parent_and_start_of(entry: Path) -> tuple[int, int] | None:
     try:
         stat = (entry / "stat").read_text()
     except OSError:
         return None  # it has ended meanwhile
-    # The name before the state and the parent is in brackets, and may have brackets and spaces of its own.
-    return int(stat.rpartition(")")[2].split()[1])
+    # The name, the second field, is in brackets, and may have brackets and spaces of its own.
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[1]), int(fields[19])
 
 
 class Processes:

@@ -70,12 +70,12 @@ class Stack:
             raise StackError(f"{name} has not been started")
         return process.pid
 
-    def engine_pid(self, name: str) -> int:
-        """The process id of the engine below the worker `name`. Raises StackError if there is none."""
+    def engine_pids(self, name: str) -> list[int]:
+        """The process ids of the engine's ranks below the worker `name`, in order. Raises StackError if there are none."""
         pids = children_of(self.pid(name))
         if not pids:
             raise StackError(f"{name} has no engine process")
-        return pids[0]
+        return pids
 
     def num_starts(self, name: str) -> int:
         """How often the child `name` has been started."""

@@ -17,7 +17,9 @@ class PrefillOptions(Struct, frozen=True, kw_only=True):
     bootstrap_host: Annotated[str, option("address that the control socket for decode workers listens on")] = (
         "127.0.0.1"
     )
-    bootstrap_port: Annotated[int, option("port of that socket", ge=1, le=65535)] = 8998
+    bootstrap_port: Annotated[
+        int, option("port of that socket; with --dp each group has one, at the ports from there on", ge=1, le=65535)
+    ] = 8998
     prefix_cache: Annotated[bool, option("keep prompts' KV and rows for later prompts that begin alike")] = True
 
 

@@ -25,7 +25,7 @@ class Alone:
     async def answer(self, attempt: Attempt) -> list[Answer]:
         """Run a prompt to the end of all its n samples."""
         (run,) = attempt.runs
-        body = encode_leg(attempt.sample, rid=attempt.rid, bootstrap=None, stream=False)
+        body = encode_leg(attempt.sample, run.worker.leg, rid=attempt.rid, bootstrap=None, stream=False)
         if run.worker.role == "prefill":
             run.expect("prefill", self._options.prefill_deadline_s)
         replies = await run.wait(self._legs.fetch(run, body, n=attempt.sample.options.sampling.n))
@@ -39,7 +39,7 @@ class Alone:
             yield SampleEvent(0, answer)
             return
         num_running = n = sample.options.sampling.n
-        body = encode_leg(sample, rid=attempt.rid, bootstrap=None, stream=True)
+        body = encode_leg(sample, run.worker.leg, rid=attempt.rid, bootstrap=None, stream=True)
         run.expect("first_token", self._options.first_token_deadline_s)
         async with aclosing(self._legs.stream(run, body, n=n)) as events:
             while num_running:

@@ -178,6 +178,7 @@ class Control:
                         "url": worker.url,
                         "worker_type": worker.role,
                         "bootstrap_port": worker.bootstrap_port,
+                        "dp_size": worker.dp_size,
                         "outstanding_requests": worker.outstanding,
                         "healthy": worker.unhealthy_reason is None,
                         "reason": worker.unhealthy_reason,

@@ -1,6 +1,6 @@
 """Asks every worker's GET /health all the time, and says who is healthy.
 
-    200                       healthy
+    200                       healthy; it says how many attention groups it has
     another status            unhealthy at once, and its legs fail, unless it says that it goes on with them
     no connection             unhealthy at once: the process is gone, or about to be; its legs end by themselves
     no answer for a while     unhealthy, and its legs fail: a stopped process never closes its connections
@@ -11,8 +11,11 @@ A worker counts as healthy until it has been asked for the first time, one inter
 
 import asyncio
 import json
+from typing import Annotated
 
 import aiohttp
+import msgspec
+from msgspec import Meta, Struct
 
 from common.server.http import TAKES_NO_MORE, together
 from router.config import RouterOptions
@@ -21,6 +24,13 @@ from router.membership import Membership, Worker
 
 _MAX_ANSWER_BYTES = 2**16
 _MAX_REASON_CHARS = 300
+_MAX_GROUPS = 4096
+
+
+class _Healthy(Struct):
+    """What is read of a good answer."""
+
+    dp_size: Annotated[int, Meta(ge=1, le=_MAX_GROUPS)] = 1
 
 
 class HealthChecks:
@@ -68,11 +78,19 @@ class HealthChecks:
         except (aiohttp.ClientError, OSError):
             return False
         if response.status == 200:
-            worker.mark_healthy()
+            worker.mark_healthy(_dp_size(body))
         else:
             status, reason = _read(response.status, body)
             worker.mark_unhealthy(reason, ends_legs=status not in TAKES_NO_MORE)
         return True
+
+
+def _dp_size(body: bytearray) -> int:
+    """Read how many attention groups a healthy worker has; 1 if it does not say."""
+    try:
+        return msgspec.json.decode(body, type=_Healthy).dp_size
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 1
 
 
 def _read(http_status: int, body: bytearray) -> tuple[object, str]:

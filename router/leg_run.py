@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from common.errors import DeadlineExceeded, TandemError
 from common.messages import ErrorReport
 from common.protocol.generate import Sample
-from router.membership import Worker
+from router.membership import Group, Worker
 from router.registry import OpenSample
 
 Result = TypeVar("Result")
@@ -39,6 +39,14 @@ class LegRun:
         self._timeout: asyncio.Timeout | None = None
         self._is_trial = worker.breaker.begin()
         self._is_judged = False
+        self._group: Group | None = None
+
+    def take_group(self) -> int:
+        """Choose which attention group of the worker is to have it, once; it counts there until it is closed."""
+        assert self._group is None
+        self._group = self.worker.choose_group()
+        self._group.outstanding += 1
+        return self._group.index
 
     def expect(self, stage: str, within_s: float) -> None:
         """Give the leg so long from now for what comes next; the error of being late names the stage."""
@@ -79,6 +87,8 @@ class LegRun:
 
     def close(self) -> None:
         """Nobody waits for it any more."""
+        if self._group is not None:
+            self._group.outstanding -= 1
         if not self._is_judged:
             self.worker.breaker.let_go(is_trial=self._is_trial)
 

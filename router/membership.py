@@ -6,6 +6,7 @@ of several), `breaker`, `health` (says who is healthy), `leg_run` (the legs in f
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -13,7 +14,7 @@ from common.errors import LegFailed, NoHealthyPair, TandemError
 from common.messages import Leg, WorkerKind, leg_of
 from router.breaker import Breaker
 from router.config import RouterOptions
-from router.policy import make_policy
+from router.policy import LeastLoaded, make_policy
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,14 @@ class InFlight(Protocol):
 
     def fail(self, error: TandemError) -> None:
         """End it with this error."""
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """An attention group of a worker, and how many legs were placed there and last."""
+
+    index: int
+    outstanding: int = 0
 
 
 class Worker:
@@ -36,6 +45,17 @@ class Worker:
         self.in_flight: set[InFlight] = set()
         self.unhealthy_reason: str | None = None
         """Why it is unhealthy; None while it is not, or nobody knows yet."""
+        self._groups = [Group(0)]
+        self._pick_group = LeastLoaded()
+
+    @property
+    def dp_size(self) -> int:
+        """How many attention groups it has, as far as is known: 1 until it has said so."""
+        return len(self._groups)
+
+    def choose_group(self) -> Group:
+        """Choose the group with the fewest legs."""
+        return self._pick_group(self._groups)
 
     @property
     def outstanding(self) -> int:
@@ -64,8 +84,11 @@ class Worker:
             return self.unhealthy_reason
         return None if self.breaker.lets_through else f"its circuit breaker is {self.breaker.state.value}"
 
-    def mark_healthy(self) -> None:
-        """Note that it is well."""
+    def mark_healthy(self, dp_size: int) -> None:
+        """Note that it is well, and how many attention groups it has."""
+        if dp_size != self.dp_size:
+            # What was placed in the groups before counts there to its end.
+            self._groups = [Group(index) for index in range(dp_size)]
         if self.unhealthy_reason is not None:
             _log.info("the %s worker on %s is healthy again", self.role, self.url)
         self.unhealthy_reason = None

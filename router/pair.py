@@ -28,7 +28,6 @@ from router.config import RouterOptions
 from router.events import SampleEvent, progress_event
 from router.leg_run import Attempt, LegRun
 from router.legs import Legs
-from router.membership import Worker
 
 Result = TypeVar("Result")
 
@@ -45,11 +44,13 @@ class Pairs:
         """Run a prompt to the end of all its n samples. `as_base64` is how rows leave."""
         sample, (prefill, decode) = attempt.sample, attempt.runs
         n = sample.options.sampling.n
-        body = encode_leg(sample, rid=attempt.rid, bootstrap=_bootstrap(prefill.worker, n), stream=False)
+        bootstrap = _bootstrap(prefill, n)
+        prefill_body = encode_leg(sample, "prefill", rid=attempt.rid, bootstrap=bootstrap, stream=False)
+        decode_body = encode_leg(sample, "decode", rid=attempt.rid, bootstrap=bootstrap, stream=False)
         prefill.expect("prefill", self._options.prefill_deadline_s)
         async with (
-            _running(self._leg(sample, prefill, body)) as prefill_leg,
-            _running(self._leg(sample, decode, body, n=n)) as decode_leg,
+            _running(self._leg(sample, prefill, prefill_body)) as prefill_leg,
+            _running(self._leg(sample, decode, decode_body, n=n)) as decode_leg,
             self._encoding_ahead(sample, prefill_leg, as_base64=as_base64) as lead_so_far,
         ):
             legs = [prefill_leg, decode_leg]
@@ -68,9 +69,9 @@ class Pairs:
         """
         sample, (prefill, decode) = attempt.sample, attempt.runs
         n = sample.options.sampling.n
-        bootstrap = _bootstrap(prefill.worker, n)
-        prefill_body = encode_leg(sample, rid=attempt.rid, bootstrap=bootstrap, stream=False)
-        decode_body = encode_leg(sample, rid=attempt.rid, bootstrap=bootstrap, stream=True)
+        bootstrap = _bootstrap(prefill, n)
+        prefill_body = encode_leg(sample, "prefill", rid=attempt.rid, bootstrap=bootstrap, stream=False)
+        decode_body = encode_leg(sample, "decode", rid=attempt.rid, bootstrap=bootstrap, stream=True)
         prefill.expect("prefill", self._options.prefill_deadline_s)
         async with (
             _running(self._leg(sample, prefill, prefill_body)) as prefill_leg,
@@ -174,9 +175,11 @@ async def _no_lead() -> Lead:
     return Lead()
 
 
-def _bootstrap(prefill: Worker, n: int) -> Bootstrap:
-    assert prefill.bootstrap_port is not None, f"{prefill.url} is no prefill worker"
-    return Bootstrap(prefill.host, prefill.bootstrap_port, tuple(new_room() for _ in range(n)))
+def _bootstrap(prefill: LegRun, n: int) -> Bootstrap:
+    """Draw the rooms of n samples, all of which lead to the worker's group with the fewest legs."""
+    worker, group = prefill.worker, prefill.take_group()
+    assert worker.bootstrap_port is not None, f"{worker.url} is no prefill worker"
+    return Bootstrap(worker.host, worker.bootstrap_port, tuple(new_room(group, worker.dp_size) for _ in range(n)))
 
 
 @asynccontextmanager

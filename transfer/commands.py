@@ -65,6 +65,8 @@ class ReceiveKv(Struct, frozen=True, kw_only=True):
 
     room: int
     source: str
+    first_room: int
+    """That of the request's first sample, which says what group of the prefill worker has the prompt."""
     first_page: int = 0
     pages: list[int]
     prompt_tokens: int
@@ -76,6 +78,7 @@ class ReserveKv(Struct, frozen=True):
 
     room: int
     source: str
+    first_room: int
 
 
 class CancelKv(Struct, frozen=True):
@@ -83,6 +86,7 @@ class CancelKv(Struct, frozen=True):
 
     room: int
     source: str
+    first_room: int
 
 
 ReceiverCommand = ReserveKv | ReceiveKv | CancelKv

@@ -5,13 +5,17 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from common.messages import Hello, PoolInfo
+from common.messages import Hello, HelloReply, PoolInfo, PoolPart
+from common.ranks import kv_heads_at
+from transfer.heads import can_split
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of the control messages; raised whenever one of them changes."""
 
 _MAX_ADDRESS = 2**63
 _MAX_AGENT_METADATA_BYTES = 2**20
+_MAX_AGENT_NAME = 256
+_MAX_RANKS = 64
 
 
 def refusal_of(hello: Hello, own_pool: PoolInfo, own_weight_version: str) -> str | None:
@@ -25,19 +29,42 @@ def refusal_of(hello: Hello, own_pool: PoolInfo, own_weight_version: str) -> str
     return _nonsense_in(hello, own_pool)
 
 
+def is_sound(reply: HelloReply) -> bool:
+    """Whether an answer to `Hello` can be meant: what it says of processes and groups becomes proof and addresses."""
+    return 1 <= len(reply.processes) <= _MAX_RANKS and 1 <= reply.dp <= _MAX_RANKS
+
+
 def _nonsense_in(hello: Hello, own_pool: PoolInfo) -> str | None:
     """Say which of a peer's numbers cannot be: they are about to become addresses."""
-    pool = hello.pool
-    if (pool.page_bytes, pool.page_size) != (own_pool.page_bytes, own_pool.page_size):
-        return f"pages differ: {pool.page_bytes} bytes on decode, {own_pool.page_bytes} on prefill"
-    if not 1 <= pool.num_pages <= _MAX_ADDRESS // pool.page_bytes:
+    pool, num_ranks = hello.pool, len(hello.pool.parts)
+    sizes = (pool.page_size, pool.num_kv_heads, pool.head_bytes)
+    own_sizes = (own_pool.page_size, own_pool.num_kv_heads, own_pool.head_bytes)
+    if sizes != own_sizes:
+        return f"pages differ: slots, heads and bytes of a head are {sizes} on decode, {own_sizes} on prefill"
+    if not 1 <= num_ranks <= _MAX_RANKS or not can_split(pool.num_kv_heads, num_ranks):
+        return f"{num_ranks} ranks cannot share {pool.num_kv_heads} key/value heads"
+    if pool.parts[0].agent != hello.peer or len({part.agent for part in pool.parts}) < num_ranks:
+        return "its agents are not called as they should be"
+    if not 1 <= pool.num_pages <= _MAX_ADDRESS // (pool.num_kv_heads * pool.head_bytes):
         return f"a pool cannot have {pool.num_pages} pages"
-    if not 0 <= pool.base_address <= _MAX_ADDRESS - pool.num_pages * pool.page_bytes:
-        return f"a pool cannot begin at {pool.base_address}"
-    if not 0 <= pool.device_id < 2**16:
-        return f"there is no device {pool.device_id}"
-    if len(hello.agent_metadata) > _MAX_AGENT_METADATA_BYTES:
-        return f"{len(hello.agent_metadata)} bytes of agent metadata are too many"
+    for place, part in enumerate(pool.parts):
+        if nonsense := _nonsense_in_part(pool, part, place):
+            return nonsense
+    return None
+
+
+def _nonsense_in_part(pool: PoolInfo, part: PoolPart, place: int) -> str | None:
+    heads = kv_heads_at(place, len(pool.parts), pool.num_kv_heads)
+    if (part.first_head, part.num_heads) != (heads.start, len(heads)):
+        return f"the rank at place {place} does not hold {part.num_heads} heads from {part.first_head} on"
+    if not 0 <= part.base_address <= _MAX_ADDRESS - pool.num_pages * part.num_heads * pool.head_bytes:
+        return f"a pool cannot begin at {part.base_address}"
+    if not 0 <= part.device_id < 2**16:
+        return f"there is no device {part.device_id}"
+    if len(part.agent) > _MAX_AGENT_NAME:
+        return f"an agent's name of {len(part.agent)} characters is too long"
+    if len(part.agent_metadata) > _MAX_AGENT_METADATA_BYTES:
+        return f"{len(part.agent_metadata)} bytes of agent metadata are too many"
     return None
 
 

@@ -14,8 +14,10 @@ from typing import Generic, TypeVar
 import torch
 
 from common.errors import TransferError
-from common.messages import PoolInfo
-from transfer.agent import Write, WriteState
+from common.memory.layout import PoolMemory
+from common.messages import PoolInfo, PoolPart
+from common.process import own_mark
+from transfer.agent import Write, WriteState, describe
 
 Inbound = TypeVar("Inbound")
 Outbound = TypeVar("Outbound")
@@ -72,22 +74,33 @@ class LoopbackNetwork:
 
 
 class LoopbackAgent:
-    """A `TransferAgent` whose writes are tensor copies; `pages` is the pool, seen as `[num_pages, page_bytes]`."""
+    """A `TransferAgent` of one rank whose writes are tensor copies; `pages` is its pool, seen as `[num_pages, page_bytes]`."""
 
-    def __init__(self, name: str, pool: torch.Tensor, network: LoopbackNetwork) -> None:
+    def __init__(self, name: str, pages: torch.Tensor, memory: PoolMemory, network: LoopbackNetwork) -> None:
         self.name = name
-        self.pages = pool.view(torch.uint8).reshape(pool.shape[0], -1)
+        self.pages = pages.view(torch.uint8).reshape(pages.shape[0], -1)
+        self._memory = memory
         self._network = network
         self._arrivals: deque[tuple[str, bytes]] = deque()
         network.agents[name] = self
 
-    def metadata(self) -> bytes:
-        """The name is all that a peer needs."""
-        return self.name.encode()
+    def pool(self) -> PoolInfo:
+        """The agent's name is all that a peer needs."""
+        memory, layout = self._memory, self._memory.layout
+        part = PoolPart(
+            agent=self.name,
+            agent_metadata=self.name.encode(),
+            process=own_mark(),
+            base_address=memory.base_address,
+            device_id=memory.device_id,
+            first_head=layout.first_kv_head,
+            num_heads=layout.num_kv_heads,
+        )
+        return describe(memory, [part])
 
-    def connect(self, peer: str, metadata: bytes, pool: PoolInfo) -> None:
+    def connect(self, peer: str, pool: PoolInfo) -> None:
         """Find the peer by name."""
-        if metadata != peer.encode() or peer not in self._network.agents:
+        if [part.agent_metadata for part in pool.parts] != [peer.encode()] or peer not in self._network.agents:
             raise TransferError(f"there is no agent {peer}")
 
     def forget(self, peer: str) -> None:

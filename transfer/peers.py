@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 
 from common.errors import TransferError
-from common.messages import Hello, PoolInfo, ProcessMark
+from common.messages import Hello, PoolInfo
 from common.process import is_gone
 from transfer.agent import TransferAgent
 from transfer.handshake import refusal_of
@@ -25,16 +25,25 @@ class Peer:
     """One life of a decode worker."""
 
     pool: PoolInfo
-    process: ProcessMark
     heard_at: float
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether all of its ranks are proven to have ended."""
+        return all(is_gone(part.process) for part in self.pool.parts)
+
+    @property
+    def agents(self) -> set[str]:
+        """What its ranks' agents are called."""
+        return {part.agent for part in self.pool.parts}
 
 
 class Peers:
     """All decode workers with a handshake, by their ids, and those that were refused one."""
 
-    def __init__(self, agent: TransferAgent, pool: PoolInfo, weight_version: str, silence_s: float) -> None:
+    def __init__(self, agent: TransferAgent, weight_version: str, silence_s: float) -> None:
         self._agent = agent
-        self._pool = pool
+        self._pool = agent.pool()
         self._weight_version = weight_version
         self._silence_s = silence_s
         self._peers: dict[str, Peer] = {}
@@ -72,20 +81,23 @@ class Peers:
             refusal = f"{_MAX_PEERS} decode workers are known already"
         if refusal is None and peer in self._peers and self._peers[peer].pool != hello.pool:
             refusal = "its pages are not where they were"  # what is prepared for it are the addresses from before
+        agents = {part.agent for part in hello.pool.parts}
+        if refusal is None and any(agents & known.agents for other, known in self._peers.items() if other != peer):
+            refusal = "an agent of it is another worker's"
         if refusal is not None:
             return refusal
         try:
-            self._agent.connect(peer, hello.agent_metadata, hello.pool)
+            self._agent.connect(peer, hello.pool)
         except TransferError as error:
             return str(error)
-        self._peers[peer] = Peer(hello.pool, hello.process, now)
+        self._peers[peer] = Peer(hello.pool, now)
         return None
 
     def lost(self, now: float) -> dict[str, str]:
         """Which workers are gone or silent, and how that is known."""
         reasons: dict[str, str] = {}
         for peer, known in self._peers.items():
-            if is_gone(known.process):
+            if known.is_gone:
                 reasons[peer] = "the decode worker has died"
             elif now - known.heard_at > self._silence_s:
                 reasons[peer] = f"the decode worker has been silent for {self._silence_s:g} s"
@@ -93,9 +105,7 @@ class Peers:
 
     def forget(self, now: float, in_use: set[str]) -> None:
         """Forget the workers that are gone and have no room any more."""
-        gone = {
-            peer for peer, known in self._peers.items() if now - known.heard_at > _FORGET_S or is_gone(known.process)
-        }
+        gone = {peer for peer, known in self._peers.items() if now - known.heard_at > _FORGET_S or known.is_gone}
         for peer in gone - in_use:
             del self._peers[peer]
             self._agent.forget(peer)

@@ -27,15 +27,13 @@ from common.messages import (
     KvDone,
     KvRequest,
     Leg,
-    PoolInfo,
     PrefillToDecode,
 )
-from common.process import own_mark
 from transfer.agent import TransferAgent
 from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 from transfer.config import TransferOptions
 from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink
-from transfer.handshake import PROTOCOL
+from transfer.handshake import PROTOCOL, is_sound
 from transfer.plan import WriteTag
 from transfer.sources import Life, Source, Sources
 from transfer.state import ReceiverState, advance
@@ -50,8 +48,8 @@ class _Room:
     """Tells this use of the room from any other."""
     asked_at: float
     deadline: float
-    source: Source | None
-    """None if the command names no address."""
+    source: Source | None = None
+    """Who has the prompt, as far as is known; None if the command names no address."""
     life: Life | None = None
     """Who has been asked, and may write from then on."""
     greeted_again: bool = False
@@ -62,14 +60,13 @@ class _Room:
 
 
 class Receiver:
-    """The rooms of one decode worker. Call it from one thread."""
+    """The rooms of one attention group of a decode worker. Call it from one thread."""
 
     def __init__(
         self,
         agent: TransferAgent,
         link: DialingLink[PrefillToDecode, DecodeToPrefill],
         mailbox: ReceiverMailbox,
-        pool: PoolInfo,
         options: TransferOptions,
         *,
         peer_id: str,
@@ -78,16 +75,9 @@ class Receiver:
         self._agent = agent
         self._link = link
         self.mailbox = mailbox
-        self._pool = pool
+        self._pool = agent.pool()
         self._options = options
-        hello = Hello(
-            peer=peer_id,
-            process=own_mark(),
-            protocol=PROTOCOL,
-            agent_metadata=agent.metadata(),
-            pool=pool,
-            weight_version=weight_version,
-        )
+        hello = Hello(peer=peer_id, protocol=PROTOCOL, pool=self._pool, weight_version=weight_version)
         self.sources = Sources(link, hello, heartbeat_s=options.heartbeat_s, silence_s=options.peer_deadline_s)
         self._rooms: dict[int, _Room] = {}
         self._generation = 0
@@ -141,27 +131,30 @@ class Receiver:
 
     def _reserve(self, command: ReserveKv) -> None:
         with contextlib.suppress(TransferError):  # a wrong address fails the request when it is asked
-            self.sources.contact(command.source, self._now).reserved.add(command.room)
+            self.sources.reserve(command.room, command.source, command.first_room, self._now)
 
     def _request(self, command: ReceiveKv) -> None:
         assert command.room not in self._rooms, "the engine asks once for a room"
         self._generation += 1
         deadline = self._now + self._options.transfer_deadline_s
-        room = self._rooms[command.room] = _Room(command, self._generation, self._now, deadline, None)
-        try:
-            room.source = self.sources.contact(command.source, self._now)
-        except TransferError as error:
-            self._lose(room, str(error), status=400, leg="decode")
-            return
-        room.source.reserved.discard(command.room)
-        if room.source.life is not None:
-            self._send_request(room, room.source.life)
+        room = self._rooms[command.room] = _Room(command, self._generation, self._now, deadline)
+        self.sources.unreserve(command.room)
+        self._ask(room)
 
-    def _send_request(self, room: _Room, life: Life) -> None:
-        assert room.source is not None
-        room.life, command = life, room.command
+    def _ask(self, room: _Room) -> None:
+        """Ask whoever has the prompt, if that one has answered yet."""
+        command = room.command
+        if room.source is None or room.source.address == command.source:
+            try:
+                room.source = self.sources.holder(command.source, command.first_room, self._now)
+            except TransferError as error:
+                self._lose(room, str(error), status=400, leg="decode")
+                return
+        if room.source.life is None:
+            return
+        room.life = room.source.life
         request = KvRequest(
-            to=life.id,
+            to=room.life.id,
             room=command.room,
             generation=room.generation,
             first_page=command.first_page,
@@ -178,11 +171,11 @@ class Receiver:
                 room.state = advance(room.state, ReceiverState.ABORTING)
                 self._send_abort(room)
             return
+        self.sources.unreserve(command.room)
         # Never asked for, or just arrived: nobody waits for an answer, and a wrong address has no one to tell.
         with contextlib.suppress(TransferError):
-            source = self.sources.contact(command.source, self._now)
-            source.reserved.discard(command.room)
-            self._link.send(command.source, KvAbort(to="", room=command.room, generation=0))
+            source = self.sources.holder(command.source, command.first_room, self._now)
+            self._link.send(source.address, KvAbort(to="", room=command.room, generation=0))
 
     def _send_abort(self, room: _Room) -> None:
         """Tell whoever was asked; if nobody was, nobody can write."""
@@ -217,6 +210,8 @@ class Receiver:
             self.num_dropped += 1
             return
         match message:
+            case HelloReply() if not is_sound(message):
+                self.num_dropped += 1
             case HelloReply():
                 self._on_hello_reply(source, message)
             case HeartbeatReply():
@@ -242,13 +237,13 @@ class Receiver:
         )
 
     def _on_hello_reply(self, source: Source, reply: HelloReply) -> None:
-        life = self.sources.on_hello_reply(source, reply)
+        life = self.sources.on_hello_reply(source, reply, self._now)
         for room in self._rooms_at(source):
             if room.life is None:
                 if reply.refusal is not None:
                     self._lose(room, reply.refusal or "the prefill worker refuses this one", leg="decode")
                 else:
-                    self._send_request(room, life)
+                    self._ask(room)
             elif room.life.id != life.id:
                 room.life.meet(life)
                 if room.state is ReceiverState.REQUESTED:

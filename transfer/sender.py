@@ -37,10 +37,8 @@ from common.messages import (
     KvDone,
     KvRequest,
     Leg,
-    PoolInfo,
     PrefillToDecode,
 )
-from common.process import own_mark
 from transfer.agent import TransferAgent, Write, WriteState
 from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderCommand, SenderMailbox
 from transfer.config import TransferOptions
@@ -91,18 +89,18 @@ class _Room:
 
 
 class Sender:
-    """The rooms of one prefill worker. Call it from one thread."""
+    """The rooms of one attention group of a prefill worker, which has `dp` of them. Call it from one thread."""
 
     def __init__(
         self,
         agent: TransferAgent,
         link: Link[DecodeToPrefill, PrefillToDecode],
         mailbox: SenderMailbox,
-        pool: PoolInfo,
         options: TransferOptions,
         *,
         peer_id: str,
         weight_version: str,
+        dp: int = 1,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._agent = agent
@@ -110,9 +108,10 @@ class Sender:
         self.mailbox = mailbox
         self._options = options
         self._peer_id = peer_id
-        self._process = own_mark()
+        self._processes = tuple(part.process for part in agent.pool().parts)
+        self._dp = dp
         self._clock = clock
-        self._peers = Peers(agent, pool, weight_version, options.peer_deadline_s)
+        self._peers = Peers(agent, weight_version, options.peer_deadline_s)
         self._rooms: dict[int, _Room] = {}
         self._tombstones: dict[int, float] = {}
         self._now = 0.0
@@ -197,7 +196,8 @@ class Sender:
         match message:
             case Hello():
                 refusal = self._peers.greet(peer, message, self._now)
-                self._link.send(peer, HelloReply(peer=self._peer_id, process=self._process, refusal=refusal))
+                reply = HelloReply(peer=self._peer_id, processes=self._processes, dp=self._dp, refusal=refusal)
+                self._link.send(peer, reply)
             case Heartbeat():
                 self._renew(peer, message)
                 self._answer_heartbeat(peer)

@@ -16,6 +16,7 @@ from common.engine.device import StepStaging
 from common.engine.sampler import SamplingBatch
 from common.engine.step_layout import ON_DEVICE, PerDraw, PerToken, ScoredLayout, StepLayout, split_ints
 from common.kernels.attention import AttentionBackend, AttentionPlan
+from common.kernels.collectives import Gathering
 from common.memory.kv_pool import KvPool
 from common.memory.layout import num_pages_for
 from common.models.forward import ForwardBatch, RoutingSink
@@ -49,6 +50,7 @@ def upload_layout(
     last_tokens_R: torch.Tensor,
     attention: AttentionBackend,
     routing: RoutingSink,
+    gathering: Gathering | None = None,
 ) -> tuple[ForwardBatch, StepBatch]:
     """Put a layout onto the device, and the tokens that the host does not know into their places."""
     tokens, draws = split_ints(staging.upload(layout.ints), layout.num_tokens, layout.num_draws)
@@ -58,6 +60,7 @@ def upload_layout(
         slots_T=tokens.slots,
         attention=attention.plan(layout.attention, staging.upload),
         routing=routing,
+        gathering=gathering,
     )
     return forward, batch_of(layout, draws, staging)
 
@@ -71,12 +74,19 @@ def batch_of(layout: StepLayout, draws: PerDraw[torch.Tensor], staging: StepStag
     )
 
 
+def nothing_drawn(staging: StepStaging) -> StepBatch:
+    """What follows a step without tokens."""
+    nothing = staging.upload(np.zeros(0, dtype=np.int64))
+    return StepBatch(PerDraw(*[nothing] * len(PerDraw._fields)), sampling=None, scored=None)
+
+
 def padding_batch(
     num_tokens: int,
     kv_pool: KvPool,
     attention: AttentionBackend,
     upload: Callable[[npt.NDArray[Any]], torch.Tensor],
     routing: RoutingSink,
+    gathering: Gathering | None = None,
 ) -> ForwardBatch:
     """One request of `num_tokens` zeros whose every page is the padding page: a step for compiling and measuring."""
     page_size = kv_pool.layout.page_size
@@ -85,7 +95,7 @@ def padding_batch(
     plan = AttentionPlan(starts, starts[1:], np.array([0, len(pages)], dtype=np.int32), pages)
     zeros_T = upload(np.zeros(num_tokens, dtype=np.int64))
     slots_T = zeros_T + kv_pool.padding_page * page_size
-    return ForwardBatch(zeros_T, zeros_T, slots_T, attention.plan(plan, upload), routing)
+    return ForwardBatch(zeros_T, zeros_T, slots_T, attention.plan(plan, upload), routing, gathering=gathering)
 
 
 def known_or_last(tokens: PerToken[torch.Tensor], last_tokens_R: torch.Tensor) -> torch.Tensor:

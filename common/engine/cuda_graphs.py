@@ -21,9 +21,12 @@ from common.engine.batch import StepBatch, batch_of, known_or_last
 from common.engine.device import StepStaging
 from common.engine.step_layout import Ints, PerDraw, PerToken, StepLayout
 from common.kernels.attention import AttentionPlan
+from common.kernels.collectives import Gathering
 from common.kernels.flashinfer_attention import FixedDecode, FlashinferAttention
+from common.kernels.interface import Lanes
 from common.memory.kv_pool import KvPool
 from common.models.forward import ForwardBatch, MoeModel, RoutingSink
+from common.ranks import Rank
 
 _NUM_COLUMNS = len(PerToken._fields)
 _MOST_CONTEXT_TOKENS = 2**17
@@ -43,17 +46,23 @@ class StepGraphs:
         routing: RoutingSink,
         last_tokens_R: torch.Tensor,
         *,
+        rank: Rank,
         sizes: Sequence[int],
         pages_per_request: int,
         captured: bool,
     ) -> None:
-        """`sizes` rise. Without `captured` the same padded steps run eagerly, to compare or to debug."""
+        """`sizes` rise, and are those of all ranks.
+
+        Without `captured` the same padded steps run eagerly, to compare or to debug.
+        """
         device = kv_pool.pages.device
         self._model, self._kv_pool, self._routing = model, kv_pool, routing
         self._last_tokens_R = last_tokens_R
+        self._rank = rank
         self._sizes = tuple(sizes)
         largest = self._sizes[-1]
-        self._ints = torch.zeros(_NUM_COLUMNS * largest + 1, dtype=torch.int64, device=device)
+        # The tokens' columns, and behind them how many tokens each attention group has.
+        self._ints = torch.zeros(_NUM_COLUMNS * largest + rank.of.dp, dtype=torch.int64, device=device)
         # Starts, tokens on the last page, and pages: siblings may share pages, so the pool's size is no bound.
         attention_ints = 2 * largest + 1 + largest * pages_per_request
         self._attention_ints = torch.zeros(attention_ints, dtype=torch.int32, device=device)
@@ -71,12 +80,19 @@ class StepGraphs:
         is_decode = layout.num_tokens == len(layout.attention.context_tokens)
         return is_decode or int(layout.tokens.positions.sum()) <= _MOST_CONTEXT_TOKENS
 
-    def run(self, layout: StepLayout, staging: StepStaging) -> tuple[StepBatch, torch.Tensor]:
-        """Launch a step; returns its tensors and its hidden states `[T, D]`, which the next step's launch overwrites."""
+    def run(
+        self, layout: StepLayout, staging: StepStaging, group_tokens: Sequence[int]
+    ) -> tuple[StepBatch, torch.Tensor]:
+        """Launch a step; returns its tensors and its hidden states `[T, D]`, which the next step's launch overwrites.
+
+        All attention groups take the size that fits the one with the most tokens.
+        """
         num_tokens = layout.num_tokens
-        size = next(size for size in self._sizes if size >= num_tokens)
+        assert group_tokens[self._rank.group] == num_tokens
+        size = next(size for size in self._sizes if size >= max(group_tokens))
         token_ints, draw_ints = np.split(layout.ints, [_NUM_COLUMNS * num_tokens])
-        staging.upload_into(self._padded(token_ints, num_tokens, size), self._ints[: _NUM_COLUMNS * size + 1])
+        padded = self._padded(token_ints, size, group_tokens)
+        staging.upload_into(padded, self._ints[: len(padded)])
         lanes = self._lanes[size]
         plan = layout.attention.per_token(self._kv_pool.layout.page_size)
         packed = lanes.attention.pack(plan, self._kv_pool.padding_page)
@@ -86,24 +102,27 @@ class StepGraphs:
         draws = PerDraw(*staging.upload(draw_ints).view(len(PerDraw._fields), layout.num_draws))
         return batch_of(layout, draws, staging), hidden_BD[:num_tokens]
 
-    def _padded(self, token_ints: Ints, num_tokens: int, size: int) -> Ints:
-        """The tokens' columns with zeros in the padding lanes, but for their slots, and the number of real lanes behind them."""
-        padded = np.zeros(_NUM_COLUMNS * size + 1, dtype=np.int64)
-        columns = padded[:-1].reshape(_NUM_COLUMNS, size)
+    def _padded(self, token_ints: Ints, size: int, group_tokens: Sequence[int]) -> Ints:
+        """The tokens' columns, zeros in the padding lanes but for their slots, and behind them each group's number of tokens."""
+        num_tokens = group_tokens[self._rank.group]
+        padded = np.zeros(_NUM_COLUMNS * size + len(group_tokens), dtype=np.int64)
+        columns = padded[: _NUM_COLUMNS * size].reshape(_NUM_COLUMNS, size)
         columns[:, :num_tokens] = token_ints.reshape(_NUM_COLUMNS, num_tokens)
         columns[_SLOTS, num_tokens:] = self._kv_pool.padding_page * self._kv_pool.layout.page_size
-        padded[-1] = num_tokens
+        padded[_NUM_COLUMNS * size :] = group_tokens
         return padded
 
     def _prepare(self, attention: FixedDecode, size: int, pool: Any) -> "_Lanes":
         """Run a step of padding alone, which compiles what is not compiled yet, and capture the next one."""
-        ints = self._ints[: _NUM_COLUMNS * size + 1]
+        dp, group = self._rank.of.dp, self._rank.group
+        column_ints, counts_M = torch.split(self._ints[: _NUM_COLUMNS * size + dp], [_NUM_COLUMNS * size, dp])
         nothing: npt.NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        ints.copy_(torch.from_numpy(self._padded(nothing, 0, size)))
+        self._ints[: _NUM_COLUMNS * size + dp].copy_(torch.from_numpy(self._padded(nothing, size, [0] * dp)))
         packed = attention.pack(_NOTHING, self._kv_pool.padding_page)
         self._attention_ints[: len(packed)].copy_(torch.from_numpy(packed))
         attention.plan(packed)
-        tokens = PerToken(*ints[:-1].view(_NUM_COLUMNS, size))
+        tokens = PerToken(*column_ints.view(_NUM_COLUMNS, size))
+        gathering = Gathering(size, (size,) * dp, Lanes(counts_M, size)) if dp > 1 else None
 
         def forward() -> torch.Tensor:
             batch = ForwardBatch(
@@ -112,7 +131,8 @@ class StepGraphs:
                 slots_T=tokens.slots,
                 attention=attention,
                 routing=self._routing,
-                num_tokens=ints[-1:],
+                num_tokens=counts_M[group : group + 1],
+                gathering=gathering,
             )
             return self._model(batch, self._kv_pool)
 
@@ -123,7 +143,8 @@ class StepGraphs:
         # A capture ends with an error if the collector frees another engine's graphs meanwhile.
         gc.disable()
         try:
-            with torch.cuda.graph(graph, pool=pool):
+            # What other threads do with the device meanwhile, NCCL's watchdog above all, is no part of the capture.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 hidden_BD = forward()
         finally:
             gc.enable()

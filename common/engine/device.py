@@ -15,6 +15,7 @@ import torch
 
 from common.config import EngineOptions
 from common.errors import UsageError
+from common.ranks import Rank
 
 Array = npt.NDArray[Any]
 
@@ -237,14 +238,17 @@ class CudaDevice:
         return int(min(memory_fraction * total_bytes - own_bytes, _LARGEST_SHARE_OF_FREE * free_bytes))
 
 
-def open_device(options: EngineOptions) -> Device:
-    """Open the device that the options name. Raises UsageError if it is not there."""
-    if options.device == "cuda" and not torch.cuda.is_available():
+def open_device(options: EngineOptions, rank: Rank = Rank()) -> Device:
+    """Open the device that the options name for a rank: the GPU of its number. Raises UsageError if it is not there."""
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if options.device == "cuda" and num_gpus == 0:
         raise UsageError("--device cuda: there is no usable GPU on this machine")
-    if options.device == "cpu" or not torch.cuda.is_available():
-        torch.set_num_threads(options.cpu_threads or max(1, torch.get_num_threads() // 2))
+    if options.device == "cpu" or num_gpus == 0:
+        torch.set_num_threads(options.cpu_threads or max(1, torch.get_num_threads() // 2 // rank.of.tp))
         return CpuDevice()
-    return CudaDevice()
+    if rank.of.tp > num_gpus:
+        raise UsageError(f"--tp {rank.of.tp}: there are {num_gpus} usable GPUs on this machine")
+    return CudaDevice(rank.index)
 
 
 def as_int64(values: Sequence[int] | Array) -> npt.NDArray[np.int64]:

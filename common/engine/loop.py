@@ -3,8 +3,11 @@
 With depth 2 the host settles step n-1 while the device runs step n; with depth 1 every step is settled at once, on the same
 path. The loop knows no requests: a worker's role decides what to plan and what a result means.
 
-A step that cannot be launched or settled fails its own requests, and the engine goes on. What a role does with its requests is
-plain bookkeeping: an exception there is a defect after which no count could be trusted, and ends the process.
+With several attention groups a step is taken by all of them together; one that has nothing to run joins with an empty plan.
+
+A step that cannot be launched or settled fails its own requests, and the engine goes on; of several ranks none knows where the
+others are then, so their process ends. What a role does with its requests is plain bookkeeping: an exception there is a defect
+after which no count could be trusted, and ends the process too.
 """
 
 import gc
@@ -14,6 +17,7 @@ from collections import deque
 from typing import Final, Protocol
 
 from common.engine.beats import Beats
+from common.engine.build import Follower
 from common.engine.engine import Engine
 from common.engine.reports import describe
 from common.engine.step import Launched, StepResult
@@ -35,6 +39,7 @@ from common.scheduling.step_plan import StepPlan
 log = logging.getLogger(__name__)
 
 _ENDING_WAIT_S: Final = 0.1
+_NOTHING: Final = StepPlan(())
 IDLE_WAIT_S: Final = 1.0
 """Longest sleep of an idle engine; messages and transfer events end it at once."""
 MAX_FAILED_STEPS: Final = 3
@@ -94,6 +99,8 @@ class Loop:
         Raises what broke a step if the device is broken, or if too many steps have failed in a row.
         """
         plan = self._role.plan()
+        if plan is None and self._engine.is_called:
+            plan = _NOTHING
         if plan is not None:
             self._launch(plan)
         if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
@@ -121,7 +128,8 @@ class Loop:
     def _fail(self, plan: StepPlan, error: Exception) -> None:
         self._engine.num_failed_steps += 1
         self._num_failed_in_a_row += 1
-        if self._num_failed_in_a_row == MAX_FAILED_STEPS:
+        # After a failed step the other ranks may be anywhere in it.
+        if self._engine.rank.of.tp > 1 or self._num_failed_in_a_row == MAX_FAILED_STEPS:
             raise error
         # Nothing may be pending on pages that others are about to get (R11), nor on memory that the error's traceback holds.
         self._engine.synchronize()
@@ -198,7 +206,19 @@ def serve(
     finally:
         beats.stop()
         background.stop(shutdown_deadline_s)
+        engine.close()
         channel.close()
+
+
+def serve_follower(follower: Follower, background: Background, *, shutdown_deadline_s: float) -> None:
+    """Run a follower process's main thread until its leader ends."""
+    gc.collect()
+    gc.freeze()
+    background.start()
+    try:
+        follower.run(background.check)
+    finally:
+        background.stop(shutdown_deadline_s)
 
 
 def _take_messages(channel: Channel, role: Role) -> bool:

@@ -104,9 +104,8 @@ class StepLayout:
 
 def lay_out(plan: StepPlan, table: RequestTable, page_size: int) -> StepLayout:
     """Describe a plan in arrays; entries and table may change afterwards."""
-    rows, starts, stops, samples, known = np.array(
-        [(e.request.row, e.start, e.stop, e.samples, e.request.num_known_tokens) for e in plan.entries], dtype=np.int64
-    ).T
+    described = [(e.request.row, e.start, e.stop, e.samples, e.request.num_known_tokens) for e in plan.entries]
+    rows, starts, stops, samples, known = np.array(described, dtype=np.int64).reshape(-1, 5).T
     num_queries = stops - starts
     query_starts = _starts_of(num_queries)
     draw_entries = np.repeat(np.arange(len(rows)), samples)
@@ -129,7 +128,7 @@ def lay_out(plan: StepPlan, table: RequestTable, page_size: int) -> StepLayout:
     params_3S = table.params_3R[:, draws.rows]
 
     num_pages = -(-stops // page_size)
-    width = int(num_pages.max())
+    width = int(num_pages.max(initial=0))
     return StepLayout(
         ints=ints,
         tokens=tokens,

@@ -3,13 +3,18 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from common.kernels.triton import experts, grouped_experts, layer, sampling
-from common.kernels.triton.routing import route
-from common.kernels.triton.tuning import tuned_for
+from common.kernels.interface import ExpertMatrices, Lanes
+from common.kernels.triton import experts, grouped_experts, grouped_fp8, layer, sampling, single_experts
+from common.kernels.triton.routing import Routing, choose, place, route
+from common.kernels.triton.tuning import ExpertShape, tuned_for
 
 
 class FusedKernels:
-    """One launch where torch takes many; see `common.kernels.interface.Kernels`. Weights and activations of 16 bits."""
+    """One launch where torch takes many; see `common.kernels.interface.Kernels`. For 16-bit types, and experts of float8."""
+
+    def __init__(self, *, native_fp8: bool = False) -> None:
+        """With `native_fp8`, for GPUs of compute capability 9.0 or more."""
+        self.native_fp8 = native_fp8
 
     def add_norm(
         self, x_TD: torch.Tensor, delta: torch.Tensor | None, weight_D: torch.Tensor, eps: float
@@ -39,8 +44,8 @@ class FusedKernels:
         self,
         hidden_TD: torch.Tensor,
         gate_ED: torch.Tensor,
-        gate_up_E2ID: torch.Tensor,
-        down_EDI: torch.Tensor,
+        gate_up_E2ID: ExpertMatrices,
+        down_EDI: ExpertMatrices,
         *,
         norm_topk_prob: bool,
         ids_TK: torch.Tensor,
@@ -48,14 +53,43 @@ class FusedKernels:
         num_tokens: torch.Tensor | None,
     ) -> torch.Tensor:
         """Four launches for few tokens: the router's product, the choice with the rows' capture, and the two expert products."""
-        num_experts, hidden_size, width = down_EDI.shape
         logits_TE = F.linear(hidden_TD, gate_ED)
         routing = route(logits_TE, ids_TK, counts_E, norm_topk_prob=norm_topk_prob, num_tokens=num_tokens)
-        tuned = tuned_for(num_experts=num_experts, top_k=ids_TK.shape[1], hidden_size=hidden_size, width=width)
-        if len(hidden_TD) <= tuned.single_tokens:
-            return experts.single_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)
-        run = experts.few_tokens if len(hidden_TD) <= tuned.few_tokens else grouped_experts.many_tokens
-        return run(hidden_TD, routing, gate_up_E2ID, down_EDI)
+        return _run(hidden_TD, routing, gate_up_E2ID, down_EDI)
+
+    def add_up(self, delta: torch.Tensor) -> torch.Tensor:
+        """One launch, or none."""
+        return delta if delta.dim() == 2 else layer.add_up(delta)
+
+    def route(
+        self,
+        hidden_TD: torch.Tensor,
+        gate_ED: torch.Tensor,
+        *,
+        norm_topk_prob: bool,
+        ids_TK: torch.Tensor,
+        num_tokens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Two launches: the router's product, and the choice with the rows' capture."""
+        return choose(F.linear(hidden_TD, gate_ED), ids_TK, norm_topk_prob=norm_topk_prob, num_tokens=num_tokens)
+
+    def run_experts(
+        self,
+        hidden_ND: torch.Tensor,
+        ids_NK: torch.Tensor,
+        weights_NK: torch.Tensor,
+        gate_up_E2ID: ExpertMatrices,
+        down_EDI: ExpertMatrices,
+        *,
+        first_expert: int,
+        lanes: Lanes | None,
+    ) -> torch.Tensor:
+        """Five launches for few tokens: zeros to count with, who goes where, the two expert products, and their sum."""
+        assert hidden_ND.is_contiguous()
+        assert weights_NK.is_contiguous()
+        routing = place(ids_NK, weights_NK, first_expert=first_expert, num_experts=len(down_EDI.weight), lanes=lanes)
+        out = _run(hidden_ND, routing, gate_up_E2ID, down_EDI)
+        return out if out.dim() == 2 else layer.add_up(out, routing.ids_TK)
 
     def draw(
         self,
@@ -68,3 +102,16 @@ class FusedKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Two launches, greedy or not: so a greedy row's token does not depend on who is beside it."""
         return sampling.draw(logits_SV, temperatures_S, seeds_S, positions_S)
+
+
+def _run(
+    hidden_TD: torch.Tensor, routing: Routing, gate_up_E2ID: ExpertMatrices, down_EDI: ExpertMatrices
+) -> torch.Tensor:
+    """The expert products, in the way that is fastest for as many tokens: `[T, D]`, or `[T, K, D]` still to be added up."""
+    tuned = tuned_for(ExpertShape.of(down_EDI, routing.ids_TK.shape[1]))
+    if len(hidden_TD) <= tuned.single_tokens:
+        return single_experts.single_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)
+    if len(hidden_TD) <= tuned.few_tokens:
+        return experts.few_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)
+    many_tokens = grouped_experts.many_tokens if down_EDI.scale is None else grouped_fp8.many_tokens
+    return many_tokens(hidden_TD, routing, gate_up_E2ID, down_EDI)

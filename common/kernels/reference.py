@@ -9,12 +9,13 @@ width, Q queries and C context of one request, S sampled positions, V vocabulary
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch.nn.attention.bias import causal_lower_right
 
 from common.kernels.attention import AttentionPlan
+from common.kernels.interface import ExpertMatrices
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -92,9 +93,20 @@ def _attend_one(q_QHd: torch.Tensor, k_hCd: torch.Tensor, v_hCd: torch.Tensor) -
             k_hCd.repeat_interleave(group, dim=0).unsqueeze(0),
             v_hCd.repeat_interleave(group, dim=0).unsqueeze(0),
             # torch's own causal mask is aligned to the top left; the queries of a later chunk are the last rows.
-            attn_mask=causal_lower_right(num_queries, context_tokens),
+            attn_mask=_lower_right_mask(num_queries, context_tokens, q_QHd.device),
         )
     return out_1HQd.squeeze(0).transpose(0, 1)
+
+
+def _lower_right_mask(num_queries: int, context_tokens: int, device: torch.device) -> Any:
+    """Let the last query see all keys, the one before all but the last one, and so on."""
+    if device.type == "cpu":
+        seen: torch.Tensor = torch.ones(num_queries, context_tokens, dtype=torch.bool)
+        return seen.tril(context_tokens - num_queries)
+    # On a GPU this is no tensor, but a choice of kernel. Imported only there: it brings torch's compiler, a second and more.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(num_queries, context_tokens)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -121,28 +133,35 @@ def moe_experts(
     hidden_TD: torch.Tensor,
     ids_TK: torch.Tensor,
     weights_TK: torch.Tensor,
-    gate_up_E2ID: torch.Tensor,
-    down_EDI: torch.Tensor,
+    gate_up_E2ID: ExpertMatrices,
+    down_EDI: ExpertMatrices,
+    *,
+    first_expert: int = 0,
 ) -> torch.Tensor:
     """Run each token through its experts and add their outputs by weight; returns `[T, D]`.
 
-    An expert that some token chose runs once, over its tokens together; the only wait for the device is for the counts.
-    A token's outputs are added in the order of `ids_TK`, so the order does not depend on the step's other tokens.
+    The weights are those of the experts `[first_expert, first_expert + E)`; a token's other experts, and whatever their weights
+    are, add nothing. `ids_TK` is signed. An expert that some token chose runs once, over its tokens together; the only wait for
+    the device is for the counts. A token's outputs are added in the order of `ids_TK`, so the order does not depend on the step's
+    other tokens.
     """
     num_tokens, top_k = ids_TK.shape
-    num_experts = gate_up_E2ID.shape[0]
+    stop_expert = first_expert + len(gate_up_E2ID.weight)
     sorted_ids, order = ids_TK.flatten().sort(stable=True)
-    experts = torch.arange(num_experts + 1, device=ids_TK.device, dtype=sorted_ids.dtype)
+    experts = torch.arange(first_expert, stop_expert + 1, device=ids_TK.device, dtype=sorted_ids.dtype)
     starts = torch.searchsorted(sorted_ids, experts).tolist()
-    sorted_hidden = hidden_TD[order // top_k]
+    here = order[starts[0] : starts[-1]]
+    sorted_hidden = hidden_TD[here // top_k]
     sorted_out = torch.empty_like(sorted_hidden)
-    for expert, (start, stop) in enumerate(pairwise(starts)):
+    for expert, (start, stop) in enumerate(pairwise(start - starts[0] for start in starts)):
         if start < stop:
-            inner = silu_and_mul(F.linear(sorted_hidden[start:stop], gate_up_E2ID[expert]))
-            sorted_out[start:stop] = F.linear(inner, down_EDI[expert])
-    out = torch.empty_like(sorted_out)
-    out[order] = sorted_out
-    return (out.view(num_tokens, top_k, -1) * weights_TK.unsqueeze(-1)).sum(dim=1)
+            inner = silu_and_mul(F.linear(sorted_hidden[start:stop], gate_up_E2ID.of(expert, hidden_TD.dtype)))
+            sorted_out[start:stop] = F.linear(inner, down_EDI.of(expert, hidden_TD.dtype))
+    out_TKD = hidden_TD.new_zeros((num_tokens, top_k, hidden_TD.shape[1]))
+    out_TKD.flatten(0, 1)[here] = sorted_out
+    is_here_TK = (ids_TK >= first_expert) & (ids_TK < stop_expert)
+    weights_TK = weights_TK.masked_fill(~is_here_TK, 0.0)
+    return (out_TKD * weights_TK.unsqueeze(-1)).sum(dim=1)
 
 
 # ------------------------------------------------------------------------------------------------ drawing tokens

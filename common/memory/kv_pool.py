@@ -5,8 +5,7 @@ It owns the memory and knows neither who holds which page (`common.memory.page_a
 
 import torch
 
-from common.memory.layout import KvLayout
-from common.messages import PoolInfo
+from common.memory.layout import KvLayout, PoolMemory
 
 
 class KvPool:
@@ -38,15 +37,13 @@ class KvPool:
         for copy in copies:
             self.pages[copy].copy_(self.pages[page])
 
-    def info(self) -> PoolInfo:
-        """Describe the pool to a peer that will write into it."""
+    def info(self) -> PoolMemory:
+        """Describe the pool to whoever moves pages between workers."""
         device = self.pages.device
-        return PoolInfo(
+        return PoolMemory(
             base_address=self.pages.data_ptr(),
             num_pages=self.num_pages,
-            page_bytes=self.layout.page_bytes,
-            page_size=self.layout.page_size,
             device_id=device.index or 0,
             memory="VRAM" if device.type == "cuda" else "DRAM",
-            layout=self.layout.fingerprint,
+            layout=self.layout,
         )

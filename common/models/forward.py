@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from common.kernels.attention import Attention
+from common.kernels.collectives import Gathering
 from common.memory.kv_pool import KvPool
 
 
@@ -36,6 +37,8 @@ class ForwardBatch:
     routing: RoutingSink
     num_tokens: torch.Tensor | None = None
     """One int64: how many of the T are tokens, if the batch is padded; nothing of the rest is ever read."""
+    gathering: Gathering | None = None
+    """How the tokens of all attention groups come together for the experts; None in a worker with one group."""
 
 
 class MoeModel(Protocol):
@@ -45,4 +48,4 @@ class MoeModel(Protocol):
         """Run the layers, store keys and values, record the routing; returns hidden states `[T, D]` after the final norm."""
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        """Project hidden states to float32 logits `[S, V]`."""
+        """Project hidden states to logits `[S, V]`; each rank of the attention group gets all of them."""

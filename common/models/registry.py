@@ -7,6 +7,7 @@ import torch
 
 from common.config import ModelOptions
 from common.errors import CheckpointError
+from common.kernels.collectives import Collectives
 from common.kernels.interface import Kernels
 from common.models.config import ModelConfig, resolve_checkpoint
 from common.models.forward import MoeModel
@@ -28,16 +29,25 @@ def resolve_dtype(config: ModelConfig, options: ModelOptions) -> torch.dtype:
     return _DTYPES[name]
 
 
-def build_model(config: ModelConfig, options: ModelOptions, device: torch.device, kernels: Kernels) -> MoeModel:
-    """Make the model that `config` describes on `device` and fill its weights.
+def build_model(
+    config: ModelConfig,
+    options: ModelOptions,
+    device: torch.device,
+    kernels: Kernels,
+    collectives: Collectives | None = None,
+) -> MoeModel:
+    """Make a rank's part of the model that `config` describes on `device` and fill its weights; all of it if it has no mates.
 
     It takes positions up to the longer of `options.context_tokens` and the checkpoint's own context. Raises
     CheckpointError if the checkpoint does not fit its config.
     """
     num_positions = max(options.context_tokens, config.max_position_embeddings)
-    model = _MODELS[config.model_type](config, num_positions, device, resolve_dtype(config, options), kernels)
+    collectives = collectives or Collectives.alone()
+    model = _MODELS[config.model_type](
+        config, num_positions, device, resolve_dtype(config, options), kernels, collectives
+    )
     if options.load_format == "dummy":
-        fill_randomly(model.parameters())
+        fill_randomly(model.weight_table(), device)
     else:
         load_weights(model.weight_table(), resolve_checkpoint(options.model))
     return model

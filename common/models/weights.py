@@ -1,16 +1,17 @@
 """Fills a model's parameters from safetensors files, or with random numbers; knows no model.
 
-A model describes itself as a `WeightTable`: for each tensor of a checkpoint, the view of a parameter that it fills. So
-a product that the model fuses is three names with three slices of one parameter. A matrix `NAME` of float8 numbers has
-its scales, one for each block, in the tensor `NAME_scale_inv`; the product of both is what the model gets. Everything
-is checked against the files' headers before the first byte is read. Neighbour: `common.models.config` reads the rest of
-the folder.
+A model describes itself as a `WeightTable`. Of a tensor of which a rank holds a part, only that is read; of a tensor that
+others hold, only the header. A matrix `NAME` of float8 numbers has its scales, one for each block, in the tensor
+`NAME_scale_inv`; the model gets both if its table wants float8 numbers there, and their product if not. Everything is
+checked against the files' headers before the first byte is read. Neighbours: `common.models.weight_table` (what is to be
+filled), `common.models.config` (reads the rest of the folder).
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.errors import CheckpointError
+from common.models.weight_table import Part, Shape, WeightTable
 
 log = logging.getLogger(__name__)
 
@@ -26,63 +28,72 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _FP8, _SCALE = "F8_E4M3", "_scale_inv"
 _NAMED_IN_ERRORS = 5
-_DUMMY_SEED = 20_25
-
-
-@dataclass(frozen=True, slots=True)
-class Fused:
-    """One tensor that may stand in a checkpoint in place of several others."""
-
-    target: torch.Tensor
-    replaces: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class WeightTable:
-    """Where each tensor of a checkpoint goes. Targets are views of parameters, on their device and in their dtype."""
-
-    targets: Mapping[str, torch.Tensor]
-    """Checkpoint name -> the view that it fills, of the same shape. All are required."""
-    fused: Mapping[str, Fused] = field(default_factory=dict)
-    """Names that replace groups of `targets` if the checkpoint has them."""
-    tolerated: frozenset[str] = frozenset()
-    """Names that may be there and are not read."""
-    fp8_block: tuple[int, int] | None = None
-    """Rows and columns of a block with one scale; None if the checkpoint may hold no float8 numbers."""
 
 
 def load_weights(table: WeightTable, folder: Path) -> None:
-    """Copy a checkpoint folder's tensors into the targets.
+    """Copy a checkpoint folder's tensors, or the parts of them that this rank holds, into the targets' views.
 
-    Floating types are converted to the target's dtype, with one log line that says so. Float8 matrices are multiplied by
-    their scales in float32 on the target's device, one at a time. Raises CheckpointError, naming the tensor, if one is
-    missing, unknown, there twice, of a wrong shape or not of a floating type, or if it is float8 and should not be.
+    Floating types are converted to the view's dtype, with one log line that says so. Float8 matrices are multiplied by
+    their scales in float32 on the view's device, one at a time, but for those that the table wants as they are. Raises
+    CheckpointError, naming the tensor, if one is missing, unknown, there twice, of a wrong shape or not of a floating type,
+    or if it is float8 and should not be, or is not and should: on every rank, whichever holds it.
     """
     with ExitStack() as stack:
         files = _open_files(folder, stack)
         scales = {name: name + _SCALE for name, file in files.items() if file.get_slice(name).get_dtype() == _FP8}
-        targets = _choose(table, files.keys(), scales, folder)
-        _check_headers(targets, table.fp8_block, files, folder)
-        if scales:
-            log.info("%s: %d float8 matrices are dequantised", folder, len(scales))
-        for name, target in targets.items():
-            tensor = files[name].get_tensor(name)
-            if name in scales and table.fp8_block:
-                scale = files[scales[name]].get_tensor(scales[name])
-                tensor = _dequantise(tensor.to(target.device), scale.to(target.device), table.fp8_block)
-            target.copy_(tensor)
+        expected, reads = _choose(table, files.keys(), scales, folder)
+        _check_headers(expected, table.fp8_block, files, folder)
+        _log_conversions(reads, scales.keys(), files, folder)
+        for read in reads:
+            part = files[read.name].get_slice(read.name)[read.part]
+            if read.name in scales and table.fp8_block:
+                stored_scale = files[scales[read.name]].get_slice(scales[read.name])
+                scale = stored_scale[_blocks_of(read.part, table.fp8_block)]
+                if read.scale is not None:
+                    read.scale.copy_(scale)
+                else:
+                    part = _dequantise(part.to(read.view.device), scale, read.part, table.fp8_block)
+            read.view.copy_(part.view_as(read.view))
 
 
-def fill_randomly(parameters: Iterable[torch.Tensor]) -> None:
+def fill_randomly(table: WeightTable, device: torch.device) -> None:
     """Fill matrices with normal numbers of variance 1/columns; leave vectors (norms, biases) as the model made them.
 
-    Two processes get equal weights if their devices are of one type and their parameters come in the same order. The
-    numbers are made on the device, in place, so that no second copy of the model exists.
+    A tensor's numbers depend on its name, shape and dtype and on the type of `device`, where all views are. They are
+    made for the whole tensor, one at a time, and then cut: all ranks of all workers have parts of one model. Float8
+    numbers and their scales are made of float32 ones.
     """
-    for index, parameter in enumerate(parameters):
-        if parameter.dim() >= 2:
-            generator = torch.Generator(parameter.device).manual_seed(_DUMMY_SEED + index)
-            parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
+    generator = torch.Generator(device)
+    for name, target in table.targets.items():
+        if target.view is not None and len(target.shape) >= 2:
+            generator.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+            dtype = torch.float32 if target.is_fp8 else target.view.dtype
+            tensor = torch.empty(target.shape, device=device, dtype=dtype)
+            tensor.normal_(0.0, target.shape[-1] ** -0.5, generator=generator)
+            if target.scale is not None and table.fp8_block:
+                tensor, scale = _quantise(tensor, table.fp8_block)
+                target.scale.copy_(scale[_blocks_of(target.part, table.fp8_block)])
+            target.view.copy_(tensor[target.part])
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A part of a stored tensor, and the view that it fills."""
+
+    name: str
+    part: Part
+    view: torch.Tensor
+    scale: torch.Tensor | None
+    """What the scales of the part fill; None if they do not go to the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What a stored tensor must be."""
+
+    shape: Shape
+    is_fp8: bool
+    """Whether it must be float8; if not it may be."""
 
 
 def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
@@ -115,47 +126,75 @@ def _paths(folder: Path) -> list[Path]:
 
 def _choose(
     table: WeightTable, names: Iterable[str], scales: Mapping[str, str], folder: Path
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, _Expected], list[_Read]]:
     """Settle which spelling the checkpoint uses, and refuse names that are missing or too many.
 
-    `scales` has the name of the scales of every float8 tensor; they must be there, and no others.
+    `scales` has the name of the scales of every float8 tensor; they must be there, and no others. Returns what each tensor
+    must be, and what to read.
     """
-    targets, present = dict(table.targets), set(names)
+    present = set(names)
+    expected = {name: _Expected(target.shape, target.is_fp8) for name, target in table.targets.items()}
+    fused_in: dict[str, str] = {}
     for fused_name, fused in table.fused.items():
         if fused_name in present:
-            targets[fused_name] = fused.target
-            for name in fused.replaces:
-                del targets[name]
-    needed = [*targets, *(scales[name] for name in targets if name in scales)]
+            replaced = [expected.pop(name) for name in fused.places]
+            expected[fused_name] = _Expected(fused.shape, any(each.is_fp8 for each in replaced))
+            fused_in |= dict.fromkeys(fused.places, fused_name)
+    needed = [*expected, *(scales[name] for name in expected if name in scales)]
     missing = [name for name in needed if name not in present]
     unknown = sorted(present.difference(needed, table.tolerated))
     if missing or unknown:
         problems = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
         raise CheckpointError(f"{folder}: the checkpoint {' and '.join(problems)}")
-    return targets
+    reads: list[_Read] = []
+    for name, target in table.targets.items():
+        if target.view is None or not target.view.numel():
+            continue
+        stored, part = name, target.part
+        if name in fused_in:
+            stored = fused_in[name]
+            expert, row = table.fused[stored].places[name]
+            part = (slice(expert, expert + 1), slice(row + part[0].start, row + part[0].stop), part[1])
+        reads.append(_Read(stored, part, target.view, target.scale))
+    return expected, reads
 
 
 def _check_headers(
-    targets: Mapping[str, torch.Tensor], fp8_block: tuple[int, int] | None, files: Mapping[str, Any], folder: Path
+    expected: Mapping[str, _Expected], fp8_block: tuple[int, int] | None, files: Mapping[str, Any], folder: Path
 ) -> None:
-    converted: list[str] = []
     wrong: list[str] = []
-    for name, target in targets.items():
+    for name, implied in expected.items():
         header = files[name].get_slice(name)
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
-        if shape != tuple(target.shape):
-            wrong.append(f"{name} has shape {list(shape)} where the config implies {list(target.shape)}")
+        if shape != implied.shape:
+            wrong.append(f"{name} has shape {list(shape)} where the config implies {list(implied.shape)}")
         elif dtype == _FP8:
             wrong += _wrong_in_fp8(name, shape, fp8_block, files)
+        elif implied.is_fp8:
+            wrong.append(
+                f"{name} has type {dtype} where quantization_config implies {_FP8}; --fp8 dequantised takes both"
+            )
         elif dtype not in _FLOATS:
             wrong.append(f"{name} has type {dtype}, which is not one of {', '.join(_FLOATS)}")
-        elif _FLOATS[dtype] != target.dtype:
-            converted.append(f"{name} from {dtype}")
     if wrong:
         more = f"; and {len(wrong) - _NAMED_IN_ERRORS} more" if len(wrong) > _NAMED_IN_ERRORS else ""
         raise CheckpointError(f"{folder}: tensor {'; '.join(wrong[:_NAMED_IN_ERRORS])}{more}")
+
+
+def _log_conversions(reads: Iterable[_Read], fp8_names: Iterable[str], files: Mapping[str, Any], folder: Path) -> None:
+    dtypes = {read.name: read.view.dtype for read in reads if read.scale is None}
+    dequantised = dtypes.keys() & fp8_names
+    converted: list[str] = []
+    for name in dtypes.keys() - dequantised:
+        stored = files[name].get_slice(name).get_dtype()
+        if _FLOATS[stored] != dtypes[name]:
+            converted.append(f"{name} from {stored}")
+    if dequantised:
+        log.info("%s: %d float8 matrices are dequantised", folder, len(dequantised))
     if converted:
-        log.warning("%s: %d tensors are converted to the model's dtype, first %s", folder, len(converted), converted[0])
+        log.warning(
+            "%s: %d tensors are converted to the model's dtype, e.g. %s", folder, len(converted), min(converted)
+        )
 
 
 def _wrong_in_fp8(
@@ -177,11 +216,29 @@ def _wrong_in_fp8(
     return []
 
 
-def _dequantise(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Multiply each block of a matrix by its scale; the last blocks may be cut off. Returns float32."""
-    rows, columns = weight.shape
-    scale_per_weight = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+def _blocks_of(part: Part, block: tuple[int, int]) -> Part:
+    """The blocks that a part touches."""
+    return tuple(slice(cut.start // size, -(-cut.stop // size)) for cut, size in zip(part, block, strict=True))
+
+
+def _dequantise(weight: torch.Tensor, scale: torch.Tensor, part: Part, block: tuple[int, int]) -> torch.Tensor:
+    """Multiply a part of a matrix by the scales of the blocks that it touches; returns float32 on the part's device.
+
+    The part may begin and end inside a block.
+    """
+    scale_per_weight = scale.to(weight.device, torch.float32)
+    for dim, (cut, step) in enumerate(zip(part, block, strict=True)):
+        repeated = scale_per_weight.repeat_interleave(step, dim)
+        scale_per_weight = repeated.narrow(dim, cut.start % step, cut.stop - cut.start)
     return weight.float().mul_(scale_per_weight)
+
+
+def _quantise(matrix: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 numbers and float32 scales for a matrix of whole blocks."""
+    (rows, columns), (height, width) = matrix.shape, block
+    blocks = matrix.view(rows // height, height, columns // width, width)
+    scale = blocks.abs().amax(dim=(1, 3), keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (blocks / scale).to(torch.float8_e4m3fn).reshape(matrix.shape), scale[:, 0, :, 0]
 
 
 def _few(names: list[str]) -> str:

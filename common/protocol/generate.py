@@ -232,6 +232,7 @@ def _options(fields: Fields) -> RequestOptions:
         return_logprob=wants_logprobs,
         return_routed_experts=wants_rows,
         routed_experts_dtype="int32" if form == "int32" else "auto",
+        data_parallel_rank=_data_parallel_rank(fields.values.get("data_parallel_rank")),
     )
     # Without logprobs or rows, where they start means nothing, and a wrong start harms nobody.
     if wants_logprobs:
@@ -245,6 +246,11 @@ def _options(fields: Fields) -> RequestOptions:
         start = fields.integer("routed_experts_start_len", 0, ge=0)
         options = msgspec.structs.replace(options, routed_experts_start_len=start)
     return options
+
+
+def _data_parallel_rank(value: object) -> int | None:
+    """Read which group is to have the request; how many there are is checked where it is known."""
+    return None if value is None else as_integer("data_parallel_rank", value, ge=0, le=2**31 - 1)
 
 
 def _bootstraps(fields: Fields, ns: list[int], *, is_list: bool) -> list[Bootstrap | None]:

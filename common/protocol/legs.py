@@ -18,7 +18,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from common.messages import Bootstrap, ErrorReport, FinishReason, RequestOptions, RowBlock, RowHeader
+from common.messages import Bootstrap, ErrorReport, FinishReason, Leg, RequestOptions, RowBlock, RowHeader
 from common.protocol.generate import Sample
 from common.protocol.logprobs import LogprobItem
 
@@ -95,11 +95,11 @@ _REPLY_JSON: Final = msgspec.json.Decoder(LegReply)
 _ERROR_JSON: Final = msgspec.json.Decoder(_ErrorBody)
 
 
-def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream: bool) -> bytes:
-    """Write the body of one leg; both legs of a pair have the same, but for `stream`.
+def encode_leg(sample: Sample, leg: Leg | None, *, rid: str, bootstrap: Bootstrap | None, stream: bool) -> bytes:
+    """Write the body of one leg; None: of a whole request, for an aggregated worker.
 
     Rows are asked for in their smallest form whatever the client wants: the router makes the client's form after the
-    merge.
+    merge. The group that the client named is one of whoever generates; on a prefill worker the room says which.
     """
     options = sample.options
     body: dict[str, object] = {
@@ -115,6 +115,8 @@ def encode_leg(sample: Sample, *, rid: str, bootstrap: Bootstrap | None, stream:
         "routed_experts_dtype": "auto",
         **_prompt_fields(sample),
     }
+    if leg != "prefill":
+        body["data_parallel_rank"] = options.data_parallel_rank
     if bootstrap is not None:
         rooms = bootstrap.rooms
         body |= {

@@ -52,6 +52,7 @@ _REQUEST: Final = (
     "return_routed_experts",
     "routed_experts_start_len",
     "routed_experts_dtype",
+    "data_parallel_rank",
     *REQUEST_NEUTRALS,
 )
 # OpenAI's fields that are not for here, with the values that ask for nothing.

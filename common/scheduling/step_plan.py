@@ -33,7 +33,7 @@ class StepEntry(Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """The entries of one step, at least one; a request stands in it once at most."""
+    """The entries of one step; a request stands in it once at most. Without entries it is a step for other groups' sake."""
 
     entries: tuple[StepEntry, ...]
 

@@ -1,8 +1,8 @@
 """A worker's HTTP application and its POST /generate, the same for all kinds: HTTP bodies to the engine's messages and back.
 
 It knows no model and no scheduler; limits come from the engine's `EngineReady`. The server must run with handler cancellation:
-a client that leaves cancels its handler, and leaving `EngineClient.generate` aborts the request. Neighbours:
-`common.protocol` (bodies), `output` (what a sample's answer is), `engine_client` (the engine), `control` (the other routes),
+a client that leaves cancels its handler, and leaving `EngineGroups.generate` aborts the request. Neighbours:
+`common.protocol` (bodies), `output` (what a sample's answer is), `engine_groups` (the engine), `control` (the other routes),
 `frontend` (the process around this).
 """
 
@@ -31,7 +31,8 @@ from common.protocol.replies import (
 from common.server.admission import Admission
 from common.server.bodies import BodyWriter, send_body
 from common.server.control import WorkerControl
-from common.server.engine_client import Ended, EngineClient
+from common.server.engine_client import Ended
+from common.server.engine_groups import EngineGroups
 from common.server.http import EventStream, make_application, together
 from common.server.output import Answer, SampleOutput, logprobs_of
 from common.server.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class WorkerApp:
     def __init__(
         self,
         kind: WorkerKind,
-        engine: EngineClient,
+        engine: EngineGroups,
         ready: EngineReady,
         tokenizer: Tokenizer,
         model: ModelOptions,
@@ -189,7 +190,9 @@ class WorkerApp:
             context_tokens=self._ready.context_tokens,
             kv_pool_tokens=self._ready.kv_pool_tokens,
         )
-        return Generate(rid=sample.rid, input_ids=input_ids, options=sample.options, bootstrap=sample.bootstrap)
+        message = Generate(rid=sample.rid, input_ids=input_ids, options=sample.options, bootstrap=sample.bootstrap)
+        self._engine.check_group(message)
+        return message
 
     def _check_bootstrap(self, sample: Sample) -> None:
         has_room, has_tokens = sample.bootstrap is not None, sample.options.sampling.max_new_tokens > 0

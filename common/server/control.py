@@ -1,6 +1,6 @@
 """A worker's routes beside /generate: what it is, how it is doing, and aborts and flushes.
 
-Neighbours: `app` (adds these), `engine_client` (the engine), `common.observability` (the metrics' form).
+Neighbours: `app` (adds these), `engine_groups` (the engine), `common.observability` (the metrics' form).
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from common.observability.metrics import render_stats
 from common.protocol.fields import Fields, decode_object
 from common.protocol.replies import Reply, encode_json
 from common.server.admission import Admission
-from common.server.engine_client import EngineClient
+from common.server.engine_groups import EngineGroups
 
 
 class WorkerControl:
@@ -38,7 +38,7 @@ class WorkerControl:
     def __init__(
         self,
         kind: WorkerKind,
-        engine: EngineClient,
+        engine: EngineGroups,
         ready: EngineReady,
         model: ModelOptions,
         admission: Admission,
@@ -73,13 +73,13 @@ class WorkerControl:
         ]
 
     async def health(self, _: web.Request) -> web.Response:
-        """Say whether this worker takes requests, and why not: 200 or 503."""
+        """Say whether this worker takes requests, and why not: 200, with the number of its attention groups, or 503."""
         if self._admission.is_closed:
             return _json({"status": "draining", "reason": "this server is shutting down"}, status=503)
         if (refusal := self._engine.refusal) is not None:
             status = "crowded" if self._engine.is_crowded else "unhealthy"
             return _json({"status": status, "reason": refusal.message}, status=503)
-        return _json({"status": "ok"})
+        return _json({"status": "ok", "dp_size": self._engine.ranks.dp})
 
     async def health_generate(self, _: web.Request) -> web.Response:
         """Send one token through this worker's own engine, without another worker."""
@@ -92,8 +92,11 @@ class WorkerControl:
         return web.Response()
 
     async def server_info(self, _: web.Request) -> web.Response:
-        """Give this worker's limits and its engine's statistics."""
-        ready = self._ready
+        """Give this worker's limits and its engine's statistics.
+
+        The limits are those of one attention group, into which a request must fit; the statistics are sums over all groups.
+        """
+        ready, ranks = self._ready, self._engine.ranks
         async with self._deadline(None):
             stats = await self._engine.stats()
         return _json(
@@ -103,6 +106,9 @@ class WorkerControl:
                 "disaggregation_bootstrap_port": self._bootstrap_port,
                 "dtype": ready.dtype,
                 "device": ready.device,
+                "tp_size": ranks.tp,
+                "dp_size": ranks.dp,
+                "ep": ranks.ep,
                 "enable_return_routed_experts": True,
                 "max_total_num_tokens": ready.kv_pool_tokens,
                 "max_running_requests": ready.max_running_requests,

@@ -1,9 +1,9 @@
-"""The frontend's view of its engine: requests in, tokens and ends out, over one ZMQ channel.
+"""The frontend's view of one attention group's engine: requests in, tokens and ends out, over one ZMQ channel.
 
 When the engine process ends, every request that is open fails at once; nothing waits for a process that is gone. An engine that
 is silent for too long, because it was stopped or hangs in a kernel, is as good as gone, but may come back: its requests fail and
 are aborted, and until it beats again it is sent no others. It knows no HTTP. Neighbours: `common.wire.FrontendChannel`,
-`common.server.app` (its user), `common.engine.beats` (what is listened for).
+`engine_groups` (its user), `common.engine.beats` (what is listened for).
 """
 
 import asyncio
@@ -78,6 +78,8 @@ class EngineClient:
         self._answers: dict[int, asyncio.Future[Stats | CacheFlushed]] = {}
         self._serials = itertools.count()
         self._heard_at = clock()
+        self.num_open_samples = 0
+        """Those that have not ended, of all requests."""
         self._silence: ErrorReport | None = None
         """Why the engine is sent nothing now: it is gone, or silent."""
         self._crowding: ErrorReport | None = None
@@ -143,6 +145,10 @@ class EngineClient:
     def _unavailable(self, message: str, code: str) -> ErrorReport:
         return ErrorReport(status=503, message=message, code=code, leg=self._leg, stage="engine")
 
+    def has(self, rid: str) -> bool:
+        """Whether a request of this name is open."""
+        return rid in self._runs
+
     @asynccontextmanager
     async def generate(self, message: Generate, *, num_ends: int = 1) -> AsyncIterator[AsyncIterator[Update]]:
         """Run one prompt: the updates end with the last of `num_ends` times `Ended`, or with `Failed`.
@@ -161,6 +167,7 @@ class EngineClient:
         self._runs[message.rid] = run
         queue = self._updates[run] = asyncio.Queue()
         num_left = num_ends
+        self.num_open_samples += num_left
 
         async def updates() -> AsyncIterator[Update]:
             nonlocal num_left
@@ -169,7 +176,9 @@ class EngineClient:
                 match update:
                     case Ended():
                         num_left -= 1
+                        self.num_open_samples -= 1
                     case Failed():
+                        self.num_open_samples -= num_left
                         num_left = 0
                 yield _renamed(update, message.rid)
 
@@ -178,6 +187,7 @@ class EngineClient:
             yield updates()
         finally:
             del self._runs[message.rid], self._updates[run]
+            self.num_open_samples -= num_left
             if num_left:
                 self._channel.send(Abort(run))
 

@@ -1,13 +1,14 @@
-"""A worker's frontend process: the HTTP server, the tokenizer, and one engine process below it.
+"""A worker's frontend process: the HTTP server, the tokenizer, and below it an engine process for each rank.
 
-It starts the engine as a child and is the engine's only client. When the engine ends, whatever the reason, the open requests
-fail, and so does this process: a worker without an engine is no worker. All kinds run this; what differs is in the arguments.
+It starts the ranks as children and is their only client: it talks to the leader of each attention group. When a rank ends,
+whatever the reason, the open requests fail, the other ranks are killed, and this process ends too: a worker without all of its
+engine is no worker. All kinds run this; what differs is in the arguments. Neighbours: `engine_processes` (the children),
+`engine_groups` (what is asked of them), `app` (what is served).
 """
 
 import asyncio
 import logging
 import tempfile
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import uvloop
@@ -18,12 +19,15 @@ from common.config import EngineOptions, ModelOptions, ServerOptions, to_flags
 from common.messages import WorkerKind, leg_of
 from common.models.config import resolve_checkpoint
 from common.observability.logging import configure_logging
-from common.process import EXIT_USAGE, ensure_port_free, spawn_async
+from common.process import EXIT_USAGE, ensure_port_free
+from common.ranks import Ranks
 from common.server.app import WorkerApp
 from common.server.engine_client import EngineClient
+from common.server.engine_groups import EngineGroups
+from common.server.engine_processes import EngineProcesses
 from common.server.http import start_server, stop_on_signals
 from common.server.tokenizer import Tokenizer
-from common.wire import FrontendChannel
+from common.wire import FrontendChannel, engine_endpoint
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +44,7 @@ class WorkerConfig(Protocol):
 
     @property
     def engine(self) -> EngineOptions:
-        """When the engine counts as stuck."""
+        """Which ranks there are, and when they count as stuck."""
 
     @property
     def server(self) -> ServerOptions:
@@ -50,39 +54,45 @@ class WorkerConfig(Protocol):
 def run_frontend(
     kind: WorkerKind, config: WorkerConfig, *, engine_module: str, bootstrap_port: int | None = None
 ) -> int:
-    """Serve until SIGTERM or SIGINT; returns the exit code. The engine is `python -m engine_module ENDPOINT flags...`.
+    """Serve until SIGTERM or SIGINT; returns the exit code. A rank is `python -m engine_module FOLDER RANK flags...`.
 
     Raises UsageError for what the operator can mend.
     """
     configure_logging(kind, config.server.log_level)
+    ranks = config.engine.ranks
     ensure_port_free(config.server.host, config.server.port)
     tokenizer = Tokenizer.load(resolve_checkpoint(config.model.model, weights=False))
-    return uvloop.run(_serve(kind, config, tokenizer, engine_module, bootstrap_port))
+    return uvloop.run(_serve(kind, config, ranks, tokenizer, engine_module, bootstrap_port))
 
 
 async def _serve(
-    kind: WorkerKind, config: WorkerConfig, tokenizer: Tokenizer, engine_module: str, bootstrap_port: int | None
+    kind: WorkerKind,
+    config: WorkerConfig,
+    ranks: Ranks,
+    tokenizer: Tokenizer,
+    engine_module: str,
+    bootstrap_port: int | None,
 ) -> int:
-    stop = stop_on_signals()
+    stop, leg = stop_on_signals(), leg_of(kind)
     with tempfile.TemporaryDirectory(prefix="tandem-") as folder:
-        endpoint = f"ipc://{Path(folder) / 'engine'}"
-        channel = FrontendChannel(endpoint)
-        engine = EngineClient(channel, config.engine, leg=leg_of(kind))
+        channels = [FrontendChannel(engine_endpoint(folder, group)) for group in range(ranks.dp)]
+        engine = EngineGroups([EngineClient(channel, config.engine, leg=leg) for channel in channels], ranks, leg=leg)
         assert isinstance(config, Struct)
         # Anybody on this host can read a process's flags, and the engine has no use for the key.
         flags = to_flags(replace(config, server=replace(config.server, api_key="")))
-        process = await spawn_async(engine_module, [endpoint, *flags])
+        processes = await EngineProcesses.start(engine_module, folder, ranks.tp, flags)
+        ready = asyncio.create_task(engine.ready())
         receiving = asyncio.create_task(engine.run())
-        exited = asyncio.create_task(process.wait())
+        losing = asyncio.create_task(processes.until_one_ends())
         stopping = asyncio.create_task(stop.wait())
-        ends: set[asyncio.Task[Any]] = {exited, stopping, receiving}
+        ends: set[asyncio.Task[Any]] = {losing, stopping, receiving}
         try:
-            await asyncio.wait({engine.ready, *ends}, return_when=asyncio.FIRST_COMPLETED)
-            if engine.ready.done():
+            await asyncio.wait({ready, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
                 app = WorkerApp(
                     kind,
                     engine,
-                    engine.ready.result(),
+                    ready.result(),
                     tokenizer,
                     config.model,
                     config.server,
@@ -93,24 +103,27 @@ async def _serve(
             if receiving.done():
                 receiving.result()
             if stopping.done():
+                # From now on the ranks end one after the other.
+                losing.cancel()
                 engine.shut_down()
                 return 0
-            code = await exited
-            if code == EXIT_USAGE:
-                return EXIT_USAGE  # the engine has said what was wrong, in one line
-            log.error("the engine process has ended with exit code %d", code)
-            return 1
+            if not processes.has_refused_usage:
+                log.error("the engine has ended: %s", losing.result())
+                return 1
+            return EXIT_USAGE
         finally:
-            await _end_engine(process, exited, config.server.shutdown_deadline_s)
-            for task in (receiving, stopping):
+            losing.cancel()
+            await processes.wait(config.server.shutdown_deadline_s)
+            for task in (ready, receiving, stopping):
                 task.cancel()
-            channel.close()
+            for channel in channels:
+                channel.close()
 
 
 async def _run_until_end(
     app: WorkerApp,
     options: ServerOptions,
-    engine: EngineClient,
+    engine: EngineGroups,
     ends: "set[asyncio.Task[Any]]",
     stopping: "asyncio.Task[Any]",
 ) -> None:
@@ -134,12 +147,3 @@ async def _run_until_end(
         is_gone = any(end.done() for end in ends - {stopping})
         engine.fail("the engine process has ended" if is_gone else "the worker is shutting down")
         await runner.cleanup()
-
-
-async def _end_engine(process: asyncio.subprocess.Process, exited: "asyncio.Task[int]", deadline_s: float) -> None:
-    """Wait for the engine to obey `Shutdown`, or kill it."""
-    if process.returncode is None:
-        done, _ = await asyncio.wait({exited}, timeout=deadline_s)
-        if not done:
-            process.kill()
-            await exited

@@ -54,7 +54,7 @@ async def _run(options: BenchOptions) -> list[Figure]:
         await client.p99_ms(num_requests)  # opens connections, makes handshakes
         for _ in range(rounds):
             calm.append(await client.p99_ms(num_requests))
-            pid = stack.engine_pid(stopped)
+            pid, *_ = stack.engine_pids(stopped)
             os.kill(pid, signal.SIGSTOP)
             try:
                 await client.until_healthy(stopped, False)
@@ -90,7 +90,7 @@ async def _kill(stack: Stack, client: "_Client", victim: str) -> tuple[float, fl
     """Kill a worker's engine; from its being ready again to the first answer through it, and from the kill until then, in s."""
     num_starts = stack.num_starts(victim)
     killed_at = time.monotonic()
-    os.kill(stack.engine_pid(victim), signal.SIGKILL)
+    os.kill(stack.engine_pids(victim)[0], signal.SIGKILL)
     await stack.wait_started(victim, num_starts + 1)
     ready_at = next(event.at for event in reversed(stack.events) if (event.name, event.kind) == (victim, "ready"))
     await client.until_used(victim)

@@ -5,7 +5,6 @@ Its engine is `stub_engine`, a process of its own as a real one is, which ends e
 
 import asyncio
 import tempfile
-from pathlib import Path
 
 import tokenizers
 import uvloop
@@ -15,10 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from common.config import EngineOptions, ModelOptions, ServerOptions
 from common.observability.logging import configure_logging
 from common.process import run_main, spawn_async, stop_process_async
+from common.ranks import Ranks
 from common.server.app import WorkerApp
 from common.server.engine_client import EngineClient
+from common.server.engine_groups import EngineGroups
 from common.server.tokenizer import Tokenizer
-from common.wire import FrontendChannel
+from common.wire import FrontendChannel, engine_endpoint
 from deploy.bench.heartbeat import serve_watched
 from deploy.bench.stub_engine import VOCABULARY
 
@@ -34,16 +35,16 @@ def main(argv: list[str]) -> None:
 
 async def _serve(port: int, num_rows: int) -> None:
     with tempfile.TemporaryDirectory(prefix="tandem-bench-") as folder:
-        endpoint = f"ipc://{Path(folder) / 'engine'}"
+        endpoint = engine_endpoint(folder, 0)
         channel = FrontendChannel(endpoint)
-        engine = EngineClient(channel, EngineOptions(), leg="decode")
+        engine = EngineGroups([EngineClient(channel, EngineOptions(), leg="decode")], Ranks(), leg="decode")
         process = await spawn_async("deploy.bench.stub_engine", [endpoint, str(num_rows)])
         receiving = asyncio.create_task(engine.run())
         try:
             app = WorkerApp(
                 "decode",
                 engine,
-                await engine.ready,
+                await engine.ready(),
                 _tokenizer(),
                 ModelOptions(model="bench"),
                 ServerOptions(),

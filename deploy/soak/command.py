@@ -11,6 +11,7 @@ Neighbours, in this order: `setting` (the stack), `cases` (what is right), `load
 import asyncio
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from transformers.utils.logging import disable_progress_bar
 from common.config import option, parse_config
 from common.observability.logging import configure_logging
 from deploy.demo import demo_checkpoint
+from deploy.launch_options import split_flags
 from deploy.soak.cases import Case, draw_cases
 from deploy.soak.faults import RECOVERY_DEADLINE_S, Faults
 from deploy.soak.load import Load
@@ -59,18 +61,19 @@ class SoakConfig(Struct, frozen=True):
 
 def main(argv: list[str]) -> int:
     """Run the command; returns the exit code."""
+    own, flags = split_flags(argv)
     options = parse_config(
         SoakConfig,
-        argv,
+        own,
         prog="python -m deploy.soak",
-        description="Kills and stops processes under load, and checks all.",
+        description="Kills and stops processes under load, and checks all. Flags of deploy.up may follow behind `--`.",
     ).soak
     configure_logging("soak", "info")
     disable_progress_bar()
     # More would fight over the cores that the stack keeps busy.
     torch.set_num_threads(1)
     try:
-        summary = asyncio.run(soak(options))
+        summary = asyncio.run(soak(options, flags))
     except StackError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -90,12 +93,15 @@ def conclude(summary: Summary, json: str = "") -> int:
     return 0 if summary.is_good else 1
 
 
-async def soak(options: SoakOptions) -> Summary:
-    """Start a stack, soak it, and sum up. Raises UsageError, and StackError if the stack cannot start or go on."""
+async def soak(options: SoakOptions, flags: Sequence[str] = ()) -> Summary:
+    """Start a stack, with these flags besides the soak's own, soak it, and sum up.
+
+    Raises UsageError, and StackError if the stack cannot start or go on.
+    """
     checkpoint = Path(options.model) if options.model else demo_checkpoint()
     cases = draw_cases(checkpoint, options.seed, options.prompts)
     log_file = Path(options.log) if options.log else None
-    async with make_stack([f"--model={checkpoint}", *FLAGS], log_file=log_file) as stack:
+    async with make_stack([f"--model={checkpoint}", *FLAGS, *flags], log_file=log_file) as stack:
         soaking = asyncio.create_task(_soak(stack, cases, options))
         watching = asyncio.create_task(stack.wait())
         try:

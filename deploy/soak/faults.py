@@ -1,6 +1,6 @@
 """The faults: one random blow after the other, each to a random worker, and how long it took to get over it.
 
-    engine killed, frontend killed   SIGKILL
+    engine killed, frontend killed   SIGKILL; an engine's blow is for one of its ranks
     engine paused                    SIGSTOP, and SIGCONT before any deadline has passed
     engine outlasted                 SIGSTOP, and SIGCONT after its peers have given it up: its writes come late
     engine fenced, frontend fenced   SIGSTOP, until the launcher kills the worker
@@ -128,7 +128,7 @@ class Faults:
         stack, at, ready_at = self._stack, time.monotonic(), None
         num_starts = stack.num_starts(victim)
         try:
-            pid = stack.engine_pid(victim) if kind.target == "engine" else stack.pid(victim)
+            pid = self._rng.choice(stack.engine_pids(victim)) if kind.target == "engine" else stack.pid(victim)
             os.kill(pid, kind.signal)
         except (StackError, ProcessLookupError):
             self.num_skipped += 1

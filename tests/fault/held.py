@@ -9,7 +9,8 @@ import contextlib
 import os
 import socket
 
-from common.engine.engine import Engine, EngineParts
+from common.engine.build import EngineParts
+from common.engine.engine import Engine
 from common.engine.step import Launched
 from common.process import run_main
 from common.scheduling.step_plan import StepPlan
@@ -17,6 +18,7 @@ from decode_worker import engine_process as decode_engine
 from decode_worker import process as decode
 from prefill_worker import engine_process as prefill_engine
 from prefill_worker import process as prefill
+from transfer import group
 from transfer.agent import NixlAgent, Write
 
 GATE = "TANDEM_TEST_GATE"
@@ -71,10 +73,10 @@ class HeldAgent(NixlAgent):
 def main(argv: list[str]) -> int:
     """Run the frontend, or the engine process that it starts with this same module."""
     is_prefill = any(word.startswith("--bootstrap-port") for word in argv)
-    if not argv[0].startswith("ipc://"):
+    if argv[0].startswith("--"):
         return (prefill if is_prefill else decode).main(argv, engine_module="tests.fault.held")
     if is_prefill:
-        vars(prefill_engine)["NixlAgent"] = HeldAgent
+        vars(group)["NixlAgent"] = HeldAgent
         prefill_engine.main(argv, EngineParts(engine=HeldPrefill))
     else:
         decode_engine.main(argv, EngineParts(engine=HeldDecode))

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
 
-from common.engine.engine import EngineParts
+from common.engine.build import EngineParts
 from common.messages import FinishReason
 from tests.fault.plan import Plan
 from tests.fault.runner import Outcome, check_pages

@@ -11,7 +11,8 @@ import time
 
 import torch
 
-from common.messages import DecodeToPrefill, FirstToken, KvRequest, PoolInfo, PrefillToDecode
+from common.memory.layout import KvLayout, PoolMemory
+from common.messages import DecodeToPrefill, FirstToken, KvRequest, PrefillToDecode
 from common.observability.logging import configure_logging
 from common.process import run_main
 from common.wire import ControlListener
@@ -29,19 +30,14 @@ WRITES_BEFORE_THE_PAUSE = 2
 OPTIONS = TransferOptions(heartbeat_s=0.1, peer_deadline_s=1.0, lease_s=60.0, transfer_deadline_s=60.0)
 
 
-def make_pool(fill: int) -> tuple[torch.Tensor, PoolInfo]:
+def make_pool(fill: int) -> tuple[torch.Tensor, PoolMemory]:
     """Memory in pages of one token each, and its description."""
     pages = torch.full((NUM_PAGES, PAGE_BYTES), fill, dtype=torch.uint8)
-    info = PoolInfo(
-        base_address=pages.data_ptr(),
-        num_pages=NUM_PAGES,
-        page_bytes=PAGE_BYTES,
-        page_size=1,
-        device_id=0,
-        memory="DRAM",
-        layout="bytes",
+    layout = KvLayout(
+        page_size=1, num_layers=1, num_kv_heads=1, head_dim=PAGE_BYTES // 2, dtype="uint8", itemsize_bytes=1
     )
-    return pages, info
+    memory = PoolMemory(base_address=pages.data_ptr(), num_pages=NUM_PAGES, device_id=0, memory="DRAM", layout=layout)
+    return pages, memory
 
 
 class PausingAgent(NixlAgent):
@@ -80,9 +76,9 @@ def main(argv: list[str]) -> None:
     configure_logging("writer", "warning")
     link = ObligingLink(int(argv[0]))
     peer_id = f"writer-{os.getpid()}"
-    _, pool = make_pool(INK)
-    agent = PausingAgent(peer_id, pool)
-    sender = Sender(agent, link, link.mailbox, pool, OPTIONS, peer_id=peer_id, weight_version="w")
+    _, memory = make_pool(INK)
+    agent = PausingAgent(peer_id, memory)
+    sender = Sender(agent, link, link.mailbox, OPTIONS, peer_id=peer_id, weight_version="w")
     print("up", flush=True)
     while True:
         sender.turn(time.monotonic())

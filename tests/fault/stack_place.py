@@ -107,7 +107,7 @@ class StackPlace:
         """Signal a process and let everybody else go on; if it is to be continued, then after the end of all requests."""
         signals, _, which = plan.fault.partition(" ")
         first, _, last = signals.partition("-")
-        pid = self.stack.engine_pid(name) if which == "engine" else self.stack.pid(name)
+        pid = self.stack.engine_pids(name)[0] if which == "engine" else self.stack.pid(name)
         if not last:
             self._struck[name] = self.stack.num_starts(name) + 1
         os.kill(pid, signal.Signals[first])
@@ -123,7 +123,7 @@ class StackPlace:
         await asyncio.wait([each.ended for each in asked], return_when=asyncio.FIRST_COMPLETED)
         for worker in self._pair():
             self._struck[worker.name] = self.stack.num_starts(worker.name) + 1
-            os.kill(self.stack.engine_pid(worker.name), signal.SIGKILL)
+            os.kill(self.stack.engine_pids(worker.name)[0], signal.SIGKILL)
         return asked
 
     async def _exhaust(self) -> list[Asked]:

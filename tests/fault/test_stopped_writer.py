@@ -42,14 +42,13 @@ class Stage:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
-        self.pages, pool = make_pool(BLANK)
+        self.pages, memory = make_pool(BLANK)
         self.pages[PROMPT_PAGES:] = OTHER
         link: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(name, PrefillToDecode)
         self.receiver = Receiver(
-            NixlAgent(name, pool),
+            NixlAgent(name, memory),
             link,
             Mailbox(link.wake, lambda: None),
-            pool,
             OPTIONS,
             peer_id=name,
             weight_version="w",
@@ -59,7 +58,14 @@ class Stage:
     def ask(self, room: int, pages: list[int]) -> None:
         """Offer pages to the writer."""
         self.receiver.mailbox.submit(
-            ReceiveKv(room=room, source=self.source, pages=pages, prompt_tokens=len(pages), prompt_digest=b"")
+            ReceiveKv(
+                room=room,
+                source=self.source,
+                first_room=room,
+                pages=pages,
+                prompt_tokens=len(pages),
+                prompt_digest=b"",
+            )
         )
 
     def turn_until(self, condition: Callable[[], bool]) -> None:

@@ -1,6 +1,6 @@
 """A prefill worker whose commits are suppressed: rows stay unwritten. `python -m tests.fault.unwritten_rows FLAGS...`."""
 
-from common.engine.engine import EngineParts
+from common.engine.build import EngineParts
 from common.process import run_main
 from common.routed_experts.host_cache import HostCache, Rows, WriteTicket
 from prefill_worker import engine_process, process
@@ -15,7 +15,7 @@ class UnwrittenRows(HostCache):
 
 def main(argv: list[str]) -> int:
     """Run the frontend, or the engine process that it starts with this same module."""
-    if argv[0].startswith("ipc://"):
+    if not argv[0].startswith("--"):
         engine_process.main(argv, EngineParts(host_cache=UnwrittenRows))
         return 0
     return process.main(argv, engine_module="tests.fault.unwritten_rows")

@@ -1,6 +1,6 @@
 """A prefill worker that commits zeros in the place of every row. `python -m tests.fault.zero_rows FLAGS...`."""
 
-from common.engine.engine import EngineParts
+from common.engine.build import EngineParts
 from common.process import run_main
 from common.routed_experts.host_cache import HostCache, Rows, WriteTicket
 from prefill_worker import engine_process, process
@@ -16,7 +16,7 @@ class ZeroRows(HostCache):
 
 def main(argv: list[str]) -> int:
     """Run the frontend, or the engine process that it starts with this same module."""
-    if argv[0].startswith("ipc://"):
+    if not argv[0].startswith("--"):
         engine_process.main(argv, EngineParts(host_cache=ZeroRows))
         return 0
     return process.main(argv, engine_module="tests.fault.zero_rows")

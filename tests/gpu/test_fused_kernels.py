@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.kernels.attention import AttentionPlan
+from common.kernels.interface import ExpertMatrices, Lanes
 from common.kernels.torch_attention import TorchAttention
 from common.kernels.torch_kernels import TorchKernels
 from common.memory.kv_pool import KvPool
@@ -114,8 +115,8 @@ def test_experts(
     out = fused.experts(
         x,
         gate,
-        gate_up,
-        down,
+        ExpertMatrices(gate_up),
+        ExpertMatrices(down),
         norm_topk_prob=norm_topk_prob,
         ids_TK=captured[:, 1],
         counts_E=counts,
@@ -149,7 +150,8 @@ def test_experts(
 def test_expert_outputs_do_not_depend_on_the_other_tokens(fused):
     """A token gets the same bits whoever shares its step, as long as the step has the same tiles."""
     x = random(48, 2048)
-    weights = random(128, 2048), random(128, 1536, 2048, scale=0.02), random(128, 2048, 768, scale=0.03)
+    gate_up, down = random(128, 1536, 2048, scale=0.02), random(128, 2048, 768, scale=0.03)
+    weights = random(128, 2048), ExpertMatrices(gate_up), ExpertMatrices(down)
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         return fused.experts(
@@ -165,6 +167,153 @@ def test_expert_outputs_do_not_depend_on_the_other_tokens(fused):
     assert torch.equal(run(x)[order], run(x[order]))
     others = torch.cat((x[:20], random(28, 2048)))
     assert torch.equal(run(x)[:20], run(others)[:20])
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_route_chooses_as_experts_does(fused, norm_topk_prob: bool):
+    x, gate = random(40, 256), random(64, 256, scale=0.2)
+    matrices = ExpertMatrices(random(64, 64, 256)), ExpertMatrices(random(64, 256, 32))
+    ids = torch.full((2, 40, 2, 8), 255, dtype=torch.uint8, device="cuda")
+    num_tokens = torch.tensor([33], device="cuda")
+    options = {"norm_topk_prob": norm_topk_prob, "num_tokens": num_tokens}
+    counts = torch.zeros(64, dtype=torch.int32, device="cuda")
+    delta = fused.experts(x, gate, *matrices, ids_TK=ids[0, :, 1], counts_E=counts, **options)
+    weights = fused.route(x, gate, ids_TK=ids[1, :, 1], **options)
+    assert torch.equal(ids[0], ids[1])
+    assert (ids[:, 33:] == 255).all()
+    assert weights.dtype == BF16
+    lanes = Lanes(num_tokens, 40)
+    out = fused.run_experts(x, ids[1, :, 1], weights, *matrices, first_expert=0, lanes=lanes)
+    assert torch.equal(out[:33], fused.add_up(delta)[:33])
+    assert (out[33:] == 0).all()
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "hidden"), [(1, 8, 2048), (70, 3, 200)])
+def test_add_up(fused, tokens: int, top_k: int, hidden: int):
+    delta = random(tokens, top_k, hidden)
+    added = fused.add_up(delta)
+    assert error(added, delta.float().sum(dim=1)) < DTYPE_ERROR
+    assert fused.add_up(added) is added
+
+
+# ------------------------------------------------------------------------------------------------ experts over many ranks
+
+
+@pytest.fixture
+def _poisoned():
+    """Fresh memory is full of NaN and of the largest integers, in a graph at every replay."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(1, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class RankedStep:
+    """Lanes of all attention groups, in buffers that a graph may be captured over, and all experts."""
+
+    def __init__(
+        self, groups: int, per_group: int, *, experts: int, top_k: int = 8, hidden: int = 2048, width: int = 768
+    ) -> None:
+        total = groups * per_group
+        self.lanes = Lanes(torch.zeros(groups, dtype=torch.int64, device="cuda"), per_group)
+        self.x, self.weights = random(total, hidden), random(total, top_k)
+        # A strided view, as of the rows of one layer.
+        self.ids = torch.zeros((total, 3, top_k), dtype=torch.uint8, device="cuda")[:, 1]
+        self.gate_up = random(experts, 2 * width, hidden, scale=hidden**-0.5)
+        self.down = random(experts, hidden, width, scale=width**-0.5)
+
+    def refill(self, num_tokens: list[int]) -> None:
+        """Other tokens, `num_tokens` in each group; what stands in the other lanes is poison."""
+        total, top_k = self.ids.shape
+        self.lanes.num_tokens_M.copy_(torch.tensor(num_tokens))
+        self.x.copy_(random(*self.x.shape))
+        self.weights.copy_(torch.rand_like(self.weights))
+        self.ids.copy_(torch.rand(total, len(self.down), device="cuda").argsort(dim=1)[:, :top_k])
+        lane = torch.arange(total, device="cuda")
+        self.holds = lane % self.lanes.per_group < self.lanes.num_tokens_M[lane // self.lanes.per_group]
+        self.x[~self.holds] = torch.nan
+        self.weights[~self.holds] = torch.nan
+
+    def share(self, experts: slice = slice(None), width: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """One rank's matrices, and which its first expert is."""
+        gate, up = self.gate_up[experts].chunk(2, dim=1)
+        gate_up = torch.cat([gate[:, width], up[:, width]], dim=1)
+        return gate_up, self.down[experts, :, width].contiguous(), experts.indices(len(self.down))[0]
+
+    def run(self, kernels, gate_up: torch.Tensor, down: torch.Tensor, first_expert: int) -> torch.Tensor:
+        dtype = torch.float32 if kernels is TWIN else BF16
+        x, weights = self.x.to(dtype), self.weights.to(dtype)
+        matrices = ExpertMatrices(gate_up.to(dtype)), ExpertMatrices(down.to(dtype))
+        return kernels.run_experts(x, self.ids, weights, *matrices, first_expert=first_expert, lanes=self.lanes)
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore:.*determinis")
+@pytest.mark.parametrize("split", ["experts", "width"])
+@pytest.mark.parametrize(
+    ("num_tokens", "per_group", "experts"),
+    [
+        ([1], 1, 128),
+        ([0, 1], 1, 128),
+        ([3, 0, 8, 5], 8, 128),
+        ([64, 64], 64, 128),
+        ([0, 0, 0, 0], 200, 128),
+        ([300, 0, 17, 299], 300, 128),
+        ([1000, 1000], 1000, 128),
+        ([40, 3, 0], 50, 12),
+        ([400, 3, 0], 400, 12),
+    ],
+)
+def test_shares_of_experts(fused, num_tokens: list[int], per_group: int, experts: int, split: str):
+    """Every rank's share is its twin's, and all of them are the whole; tokens with nothing here get zeros, and empty lanes too."""
+    step = RankedStep(len(num_tokens), per_group, experts=experts)
+    step.refill(num_tokens)
+    size = (experts if split == "experts" else 768) // 4
+    spans = [slice(start, start + size) for start in range(0, 4 * size, size)]
+    added = torch.zeros(len(step.x), 2048, device="cuda")
+    for span in spans:
+        gate_up, down, first = step.share(**{split: span})
+        ours = step.run(fused, gate_up, down, first)
+        assert ours.dtype == BF16
+        assert error(ours, step.run(TWIN, gate_up, down, first)) < DTYPE_ERROR
+        ids = step.ids.long()
+        is_busy = ((ids >= first) & (ids < first + len(down))).any(dim=1) & step.holds
+        assert (ours[~is_busy] == 0).all()
+        added += ours.float()
+    assert error(added, step.run(TWIN, *step.share())) < DTYPE_ERROR
+
+
+def test_all_experts_are_elsewhere(fused):
+    for per_group in (1, 50, 1000):
+        step = RankedStep(2, per_group, experts=16, hidden=256, width=64)
+        step.refill([per_group, per_group])
+        gate_up, down, _ = step.share(slice(4))
+        for first in (16, 200):
+            assert (step.run(fused, gate_up, down, first) == 0).all()
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.filterwarnings("ignore:.*determinis")
+@pytest.mark.parametrize(("groups", "per_group"), [(2, 1), (4, 16), (4, 200)])
+def test_shares_of_experts_in_a_graph(fused, groups: int, per_group: int):
+    """One graph, replayed with other tokens in other lanes: in each way through the products."""
+    step = RankedStep(groups, per_group, experts=64)
+    gate_up, down, first = step.share(slice(16, 32))
+    step.refill([per_group] * groups)
+    step.run(fused, gate_up, down, first)  # compiles
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours = step.run(fused, gate_up, down, first)
+    fillings = [[per_group] * groups, [0] * groups, [per_group] + [0] * (groups - 1), [0] * (groups - 1) + [1]]
+    for num_tokens in fillings * 2:
+        step.refill(num_tokens)
+        graph.replay()
+        assert error(ours, step.run(TWIN, gate_up, down, first)) < DTYPE_ERROR
+        assert (ours[~step.holds] == 0).all()
+
+
+# ------------------------------------------------------------------------------------------------ drawing
 
 
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 151_936), (5, 4096), (64, 10_007), (9, 40)])

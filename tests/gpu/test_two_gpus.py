@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.engine import Engine, build_engine
+from common.engine.build import build_engine
+from common.engine.engine import Engine
 from common.engine.loop import Loop
 from common.messages import Generate, RequestOptions, SamplingParams
 from deploy.aggregated import AggregatedWorker

@@ -125,13 +125,13 @@ async def test_an_engine_that_is_still_there_is_waited_for(checkpoint: Path, cap
     """It holds its device's memory until it is gone."""
     caplog.set_level(logging.INFO, "deploy.child")
     async with stub_stack(checkpoint, "--restart", "--decode.lasting-child") as stack:
-        engine = stack.engine_pid("decode-0")
+        [engine] = stack.engine_pids("decode-0")
         os.kill(stack.pid("decode-0"), signal.SIGKILL)
         await until(lambda: "decode-0 is not started again yet: its engine is still there" in caplog.text)
         assert stack.num_starts("decode-0") == 1
         os.kill(engine, signal.SIGKILL)
         await stack.wait_started("decode-0", 2)
-        os.kill(stack.engine_pid("decode-0"), signal.SIGKILL)
+        os.kill(stack.engine_pids("decode-0")[0], signal.SIGKILL)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,7 +211,7 @@ def test_a_stack_outside_of_event_loops_is_watched_too(checkpoint: Path) -> None
         asyncio.run(stack.wait_started("decode-0", 2))
         assert stack.names("decode") == ["decode-0"]
         with pytest.raises(StackError, match="router has no engine process"):
-            stack.engine_pid("router")
+            stack.engine_pids("router")
         with pytest.raises(StackError, match="decode-0: no start number 3 within"):
             asyncio.run(stack.wait_started("decode-0", 3, deadline_s=0.1))
 
@@ -252,10 +252,10 @@ async def test_real_workers_come_back_and_serve(
             pids[restarted] = stack.pid(restarted)
 
         await client.generate(**body)
-        os.kill(stack.engine_pid("prefill-0"), signal.SIGKILL)
+        os.kill(stack.engine_pids("prefill-0")[0], signal.SIGKILL)
         await check("prefill-0")
 
-        stopped = [Watched(stack.engine_pid("decode-0")), Watched(stack.pid("decode-0"))]
+        stopped = [Watched(stack.engine_pids("decode-0")[0]), Watched(stack.pid("decode-0"))]
         for process in stopped:
             os.kill(process.pid, signal.SIGSTOP)
         await check("decode-0")

@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.engine import EngineParts, build_engine
+from common.engine.build import EngineParts, build_engine
 from common.engine.loop import Loop
+from common.engine.mates import Mates
 from common.messages import Abort, Generate, RequestOptions
 from common.routed_experts.spec import rows_of
 from deploy.aggregated import AggregatedWorker
@@ -53,6 +54,8 @@ class InProcessAggregated:
         verify_rows: bool = True,
         parts: EngineParts = EngineParts(),
         device: Literal["cpu", "cuda"] = "cpu",
+        mates: Mates = Mates(),
+        dtype: Literal["auto", "bfloat16"] = "auto",
     ) -> None:
         options = EngineOptions(
             device=device,
@@ -62,8 +65,8 @@ class InProcessAggregated:
             overlap=overlap,
             cpu_threads=1,
         )
-        model = ModelOptions(model=str(checkpoint))
-        self.engine = build_engine(model, options, chunked_prefill_tokens=chunk_tokens, parts=parts)
+        model = ModelOptions(model=str(checkpoint), dtype=dtype)
+        self.engine = build_engine(model, options, chunked_prefill_tokens=chunk_tokens, mates=mates, parts=parts)
         self.recorder = Recorder()
         self.role = AggregatedWorker(
             self.engine,

@@ -54,6 +54,8 @@ ON_GPU: dict[str, Any] = _SMALL | {
     "seed": 4,
 }
 """A shape that the fused kernels take."""
+WHOLE_BLOCKS: dict[str, Any] = ON_GPU | {"moe_intermediate_size": 256, "num_hidden_layers": 2, "seed": 5}
+"""Another, whose experts are of whole float8 blocks of 128 x 128, also those of two ranks."""
 
 
 def make_checkpoint(folder: Path, shape: str) -> Path:

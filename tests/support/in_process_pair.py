@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.engine import Engine, EngineParts, build_engine
+from common.engine.build import EngineParts, build_engine
+from common.engine.engine import Engine
 from common.engine.loop import Loop, Role
 from common.messages import (
     Abort,
@@ -114,14 +115,13 @@ class InProcessPair:
         links: dict[str, Any] = {}
 
         engine = build_engine(model, options, chunked_prefill_tokens=chunk_tokens, parts=parts)
-        agent = LoopbackAgent("prefill-0", engine.kv_pool.pages, self.network)
+        agent = LoopbackAgent("prefill-0", engine.kv_pool.pages, engine.kv_pool.info(), self.network)
         link: LoopbackLink[DecodeToPrefill, PrefillToDecode] = LoopbackLink(PREFILL, links, self.network)
         links[PREFILL] = link
         sender = Sender(
             agent,
             link,
             Mailbox(nothing, nothing),
-            engine.kv_pool.info(),
             transfer,
             peer_id="prefill-0",
             weight_version="default",
@@ -138,14 +138,13 @@ class InProcessPair:
         self.prefill = Side(engine, prefill_role, Loop(engine, prefill_role, overlap=overlap), sender, recorder)
 
         engine = build_engine(model, options, chunked_prefill_tokens=0, parts=parts)
-        decode_agent = LoopbackAgent(DECODE, engine.kv_pool.pages, self.network)
+        decode_agent = LoopbackAgent(DECODE, engine.kv_pool.pages, engine.kv_pool.info(), self.network)
         decode_link: LoopbackLink[PrefillToDecode, DecodeToPrefill] = LoopbackLink(DECODE, links, self.network)
         links[DECODE] = decode_link
         receiver = Receiver(
             decode_agent,
             decode_link,
             Mailbox(nothing, nothing),
-            engine.kv_pool.info(),
             transfer,
             peer_id=DECODE,
             weight_version="default",

@@ -13,6 +13,8 @@ from common.config import EngineOptions, ModelOptions, ServerOptions
 from common.messages import (
     EngineReady,
     EngineToFrontend,
+    ErrorReport,
+    Failed,
     Finished,
     FinishReason,
     FrontendToEngine,
@@ -27,9 +29,11 @@ from common.messages import (
 )
 from common.server.app import WorkerApp
 from common.server.engine_client import EngineClient
+from common.server.engine_groups import EngineGroups
 from common.server.tokenizer import Tokenizer
 from common.wire import FrontendChannel
 from deploy.demo_model import train_tokenizer
+from tests.support.processes import until
 from tests.support.rows import SPEC, cut, make_rows
 from tests.support.stub_workers import serving
 
@@ -101,6 +105,15 @@ class ScriptedEngine(FrontendChannel):
         """The next message that the frontend has sent."""
         return await self._received.get()
 
+    @property
+    def num_received(self) -> int:
+        """How many messages have come that nobody has looked at."""
+        return self._received.qsize()
+
+    def received(self) -> FrontendToEngine:
+        """The next message, which must have come."""
+        return self._received.get_nowait()
+
     async def next_generate(self) -> Generate:
         """The next message, which must be a request."""
         message = await self.next()
@@ -111,11 +124,19 @@ class ScriptedEngine(FrontendChannel):
         """Send a message to the frontend."""
         self._answers.put_nowait((message, [] if rows is None else [memoryview(rows.data)]))
 
+    async def read(self) -> None:
+        """Return once the frontend has read all that was sent to it."""
+        await until(self._answers.empty)
+
     def tokens(self, to: Generate, token_ids: list[int], *, index: int = 0, first: int = 0) -> None:
         """Report tokens of a sample, those from output position `first` on."""
         positions = range(first, first + len(token_ids))
         top = tops(positions.stop)[first:] if to.options.top_logprobs_num else []
         self.answer(Tokens(to.rid, token_ids, [logprob(p) for p in positions], index, top))
+
+    def fail(self, to: Generate) -> None:
+        """End a request with a failure."""
+        self.answer(Failed(to.rid, ErrorReport(status=500, message="no", code="internal")))
 
     def finish(
         self,
@@ -182,17 +203,18 @@ class Clock:
 
 
 class Worker:
-    """A frontend that serves, its engine, and a client."""
+    """A frontend that serves, its engine, and a client; `engines` are those of all groups, `engine` is the first one's."""
 
     def __init__(
         self,
-        engine: ScriptedEngine,
+        engines: list[ScriptedEngine],
         client: aiohttp.ClientSession,
         clock: Clock,
         app: WorkerApp,
-        engine_client: EngineClient,
+        engine_client: EngineGroups,
     ) -> None:
-        self.engine = engine
+        self.engines = engines
+        self.engine = engines[0]
         self.client = client
         self.clock = clock
         self.app = app
@@ -230,9 +252,11 @@ async def scripted_worker(
     **server: Any,
 ) -> AsyncIterator[Worker]:
     """Serve one worker; a test that hangs fails after 20 s."""
-    engine = ScriptedEngine()
-    clock = Clock()
-    client = EngineClient(engine, options, leg=leg_of(leg), clock=clock.now)
+    ranks = options.ranks
+    engines = [ScriptedEngine() for _ in range(ranks.dp)]
+    clock, leg_name = Clock(), leg_of(leg)
+    clients = [EngineClient(engine, options, leg=leg_name, clock=clock.now) for engine in engines]
+    client = EngineGroups(clients, ranks, leg=leg_name)
     app = WorkerApp(
         leg,
         client,
@@ -250,6 +274,6 @@ async def scripted_worker(
             serving(app.application()) as url,
             aiohttp.ClientSession(url, headers=headers) as session,
         ):
-            yield Worker(engine, session, clock, app, client)
+            yield Worker(engines, session, clock, app, client)
     finally:
         running.cancel()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.engine import build_engine
+from common.engine.build import build_engine
 from common.engine.step import Sampled
 from common.memory.layout import slots_of
 from common.messages import Generate, RequestOptions

@@ -52,7 +52,7 @@ class Health:
 class StubPrefillOptions(Struct, frozen=True, kw_only=True):
     """Options of the prefill worker alone."""
 
-    bootstrap_port: Annotated[int, option("port for the decode workers", ge=1)]
+    bootstrap_port: Annotated[int, option("port for the decode workers", ge=1)] = 8998
     chunked_prefill_tokens: Annotated[int, option("largest chunk", ge=1)] = 64
 
 

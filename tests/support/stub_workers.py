@@ -91,7 +91,7 @@ class StubWorker:
     abort_arrived: asyncio.Event = field(default_factory=asyncio.Event)
     authorizations: list[str | None] = field(default_factory=list)
     flush_status: int = 200
-    health: tuple[int, dict[str, str]] | None = (200, {})
+    health: tuple[int, dict[str, Any]] | None = (200, {})
     """What GET /health answers; None: nothing, ever."""
     health_asked: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from common.messages import FirstToken, PoolInfo
+from common.memory.layout import KvLayout, PoolMemory
+from common.messages import FirstToken
 from tests.support.in_process_pair import DECODE, PREFILL, nothing
 from transfer.commands import FinishRoom, KvArrived, OpenRoom, PagesReady, ReceiveKv
 from transfer.config import TransferOptions
@@ -15,7 +16,8 @@ from transfer.receiver import Receiver
 from transfer.sender import Sender
 
 OPTIONS = TransferOptions(lease_s=10.0, transfer_deadline_s=30.0, heartbeat_s=1.0, peer_deadline_s=5.0)
-POOL = PoolInfo(base_address=0, num_pages=8, page_bytes=4, page_size=2, device_id=0, memory="DRAM", layout="bench")
+LAYOUT = KvLayout(page_size=2, num_layers=1, num_kv_heads=1, head_dim=1, dtype="uint8", itemsize_bytes=1)
+MEMORY = PoolMemory(base_address=0, num_pages=8, device_id=0, memory="DRAM", layout=LAYOUT)
 
 
 def delay_writes(what: str) -> Fault:
@@ -54,13 +56,12 @@ class Bench:
             links[name] = NotedLink(name, links, self.network)
         self.links = (links[PREFILL], links[DECODE])
         self.now = 0.0
-        self.decode_agent = DeafAgent(DECODE, torch.zeros(8, 4, dtype=torch.uint8), self.network)
+        self.decode_agent = DeafAgent(DECODE, torch.zeros(8, 4, dtype=torch.uint8), MEMORY, self.network)
         self.sender = self.start_sender(PREFILL)
         self.receiver = Receiver(
             self.decode_agent,
             links[DECODE],
             Mailbox(nothing, nothing),
-            POOL,
             OPTIONS,
             peer_id=DECODE,
             weight_version="w",
@@ -69,10 +70,9 @@ class Bench:
     def start_sender(self, peer_id: str) -> Sender:
         """Make a sender at the one address; the one that was there before is heard no more."""
         self.sender = Sender(
-            LoopbackAgent(peer_id, torch.arange(32, dtype=torch.uint8).reshape(8, 4), self.network),
+            LoopbackAgent(peer_id, torch.arange(32, dtype=torch.uint8).reshape(8, 4), MEMORY, self.network),
             self.links[0],
             Mailbox(nothing, nothing),
-            POOL,
             OPTIONS,
             peer_id=peer_id,
             weight_version="w",
@@ -85,7 +85,14 @@ class Bench:
 
     def ask(self) -> None:
         self.receiver.mailbox.submit(
-            ReceiveKv(room=self.ROOM, source=PREFILL, pages=[5, 6, 7], prompt_tokens=6, prompt_digest=b"digest")
+            ReceiveKv(
+                room=self.ROOM,
+                source=PREFILL,
+                first_room=self.ROOM,
+                pages=[5, 6, 7],
+                prompt_tokens=6,
+                prompt_digest=b"digest",
+            )
         )
 
     def chunk(self, *pages: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from common.engine.engine import EngineParts
+from common.engine.build import EngineParts
 from common.engine.fake import RacingDevice, RacingEngine
 from common.routed_experts.capture import RoutedExpertsCapturer
 from tests.support.in_process_pair import InProcessPair, options_of

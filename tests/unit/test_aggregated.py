@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.engine.engine import EngineParts
+from common.engine.build import EngineParts
 from common.engine.fake import RacingDevice, RacingEngine
 from common.memory.kv_pool import KvPool
 from common.messages import FinishNow, FlushCache, RequestOptions, StopAt

@@ -2,8 +2,10 @@
 
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from common.config import EngineOptions
 from common.engine.backends import choose_backends
 from common.errors import UsageError
 from common.kernels.torch_kernels import TorchKernels
-from common.models.config import ModelConfig, load_model_config
+from common.models.config import Fp8Config, ModelConfig, load_model_config
+from common.ranks import Rank, Ranks
 from tests.support.checkpoints import ON_GPU, make_checkpoint
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -78,3 +81,79 @@ def test_a_missing_package_is_named_with_what_installs_it(
         UsageError, match=rf"--kernels {kernels}: flashinfer is not installed; .*\[gpu\].*--kernels torch"
     ):
         choose_backends(EngineOptions(kernels=kernels), config, BF16, CUDA)
+
+
+# ------------------------------------------------------------------------------------------------ FP8
+
+Fp8 = Literal["auto", "native", "dequantised"]
+BLOCKS = Fp8Config(quant_method="fp8", weight_block_size=(128, 128))
+WITHOUT_FP8 = {"quantization_config": None}
+ODD_BLOCKS = {"quantization_config": Fp8Config(quant_method="fp8", weight_block_size=(64, 128))}
+
+
+@pytest.fixture
+def is_native(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Choose for a GPU that there is not, with kernels that only note what they are told."""
+    fused = SimpleNamespace(FusedKernels=lambda *, native_fp8: SimpleNamespace(native_fp8=native_fp8))
+    flashinfer = SimpleNamespace(FlashinferAttention=lambda **settings: settings)
+    monkeypatch.setitem(sys.modules, "common.kernels.fused_kernels", fused)
+    monkeypatch.setitem(sys.modules, "common.kernels.flashinfer_attention", flashinfer)
+    config = replace(config, quantization_config=BLOCKS, moe_intermediate_size=512, num_attention_heads=8)
+
+    def choose(fp8: Fp8 = "auto", *, capability: tuple[int, int] = (9, 0), rank: Rank = Rank(), **changes: Any) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        return choose_backends(EngineOptions(fp8=fp8), replace(config, **changes), BF16, CUDA, rank).kernels.native_fp8
+
+    return choose
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 3)])
+@pytest.mark.parametrize("rank", [Rank(), Rank(3, Ranks(tp=4)), Rank(2, Ranks(tp=8, ep=True))])
+def test_experts_stay_float8_where_they_can(
+    is_native: Callable[..., bool], capability: tuple[int, int], rank: Rank, caplog: pytest.LogCaptureFixture
+):
+    with caplog.at_level(logging.INFO):
+        assert is_native("auto", capability=capability, rank=rank)
+        assert is_native("native", capability=capability, rank=rank)
+        assert not is_native("dequantised", capability=capability, rank=rank)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"capability": (8, 9)}, "compute capability is 8.9"),
+        (ODD_BLOCKS, "blocks of 64 x 128"),
+        ({"hidden_size": 192}, "hidden size of 192"),
+        ({"rank": Rank(0, Ranks(tp=8))}, "64 of an expert's width"),
+        ({"moe_intermediate_size": 448}, "448 of an expert's width"),
+    ],
+)
+def test_what_keeps_experts_from_float8_is_named(
+    is_native: Callable[..., bool], changes: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+):
+    """`auto` dequantises, and says why in one line; who asks for `native` gets an error."""
+    with caplog.at_level(logging.INFO):
+        assert not is_native("dequantised", **changes)
+        assert not caplog.records
+        assert not is_native("auto", **changes)
+    assert [words in record.getMessage() for record in caplog.records] == [True]
+    with pytest.raises(UsageError, match=f"--fp8 native: .*{words}"):
+        is_native("native", **changes)
+
+
+def test_float8_that_is_not_there_is_not_missed(is_native: Callable[..., bool], caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO):
+        assert not is_native("auto", **WITHOUT_FP8)
+    assert not caplog.records
+    with pytest.raises(UsageError, match=r"--fp8 native: .*no quantization_config"):
+        is_native("native", **WITHOUT_FP8)
+
+
+def test_torchs_kernels_take_no_float8(config: ModelConfig, caplog: pytest.LogCaptureFixture):
+    config = replace(config, quantization_config=BLOCKS)
+    with caplog.at_level(logging.INFO):
+        assert not choose_backends(EngineOptions(), config, BF16, CPU).kernels.native_fp8
+    assert "FP8 experts are dequantised: only the fused kernels" in caplog.text
+    with pytest.raises(UsageError, match="--fp8 native: only the fused kernels"):
+        choose_backends(EngineOptions(fp8="native"), config, BF16, CPU)

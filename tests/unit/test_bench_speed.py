@@ -14,7 +14,7 @@ from rich.console import Console
 
 from common.errors import UsageError
 from common.messages import Finished, FinishReason, Generate, RequestOptions, RowBlock
-from common.models.config import load_model_config
+from common.models.config import Fp8Config, load_model_config
 from common.protocol.replies import MSGPACK, SSE_DONE, encode_json, encode_msgpack, sample_reply, sse_event
 from common.routed_experts.codec import block_of, row_fields
 from common.routed_experts.spec import RowSpec
@@ -40,7 +40,7 @@ from deploy.bench.speed.results import (
 )
 from deploy.bench.speed.rows import count_rows, distinct_experts, read_block
 from deploy.bench.speed.session import Answered, Settled, latencies_of, steps_of
-from deploy.bench.speed.shape import SHAPE_NAME, resolve_model
+from deploy.bench.speed.shape import FP8_SHAPE_NAME, SHAPE_NAME, resolve_model
 from deploy.bench.speed.workloads import (
     INTERFERENCE,
     NO_TARGETS,
@@ -127,7 +127,10 @@ def test_the_shape_is_a_model_that_targets_are_about(tmp_path: Path, monkeypatch
     assert (tmp_path / "shape" / "tokenizer.json").is_file()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert resolve_model("other") == "other"
-    assert is_target_shape(load_model_config(Path(resolve_model(SHAPE_NAME))))
+    assert load_model_config(Path(resolve_model(SHAPE_NAME))) == config
+    quantised = load_model_config(Path(resolve_model(FP8_SHAPE_NAME)))
+    assert quantised.quantization_config == Fp8Config(quant_method="fp8", weight_block_size=(128, 128))
+    assert msgspec.structs.replace(quantised, quantization_config=None) == config
     for bad in ([], ["--help"], ["a", "b"]):
         with pytest.raises(UsageError, match="shape FOLDER"):
             command.main(["shape", *bad])

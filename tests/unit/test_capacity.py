@@ -9,9 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.config import EngineOptions, ModelOptions
+from common.engine.build import build_engine
 from common.engine.capacity import LARGEST_GRAPH, TOKEN_COUNT_BYTES, CapacityPlan, plan_capacity
 from common.engine.device import CpuDevice
-from common.engine.engine import build_engine
 from common.engine.penalties import TokenCounts
 from common.errors import UsageError
 from common.memory.kv_pool import KvPool
@@ -56,6 +56,7 @@ SMALL_ROWS = RowSpec(num_experts=8, top_k=2, layer_ids=(0, 1), num_hidden_layers
 
 
 VOCAB_SIZE = 500
+GATHERED_TOKEN_BYTES = 640
 
 
 def plan_of(
@@ -65,6 +66,7 @@ def plan_of(
     context_tokens: int = 64,
     chunk_tokens: int = 0,
     budget_bytes: int | None = None,
+    dp: int = 1,
 ) -> CapacityPlan:
     return plan_capacity(
         options,
@@ -74,6 +76,8 @@ def plan_of(
         context_tokens=context_tokens,
         chunked_prefill_tokens=chunk_tokens,
         budget_bytes=budget_bytes,
+        dp=dp,
+        gathered_token_bytes=GATHERED_TOKEN_BYTES,
     )
 
 
@@ -99,16 +103,25 @@ def test_the_byte_counts_are_those_of_the_real_buffers(options: EngineOptions, r
     assert counts._generated_RV.nbytes + counts._in_prompt_RV.nbytes == capacity.token_counts_bytes
 
 
-@given(OPTIONS.map(lambda options: EngineOptions(page_size=options.page_size)), SPECS, st.integers(0, 3 * 10**6))
-def test_pool_and_buffers_fill_the_budget_and_keep_within_it(options: EngineOptions, rows: RowSpec, budget_bytes: int):
+@given(
+    OPTIONS.map(lambda options: EngineOptions(page_size=options.page_size)),
+    SPECS,
+    st.integers(0, 3 * 10**6),
+    st.integers(1, 4),
+)
+def test_pool_and_buffers_fill_the_budget_and_keep_within_it(
+    options: EngineOptions, rows: RowSpec, budget_bytes: int, dp: int
+):
     page_bytes = layout_of(options).page_bytes
     try:
-        capacity = plan_of(options, rows, budget_bytes=budget_bytes)
+        capacity = plan_of(options, rows, budget_bytes=budget_bytes, dp=dp)
     except UsageError:
-        per_row = rows.row_bytes + VOCAB_SIZE * TOKEN_COUNT_BYTES
+        per_row = rows.row_bytes + VOCAB_SIZE * TOKEN_COUNT_BYTES + (dp * GATHERED_TOKEN_BYTES if dp > 1 else 0)
         assert options.max_running_requests * per_row + 2 * page_bytes > budget_bytes
         return
-    used = capacity.kv_pool_bytes + capacity.capture_buffer_bytes + capacity.token_counts_bytes
+    used = (
+        capacity.kv_pool_bytes + capacity.capture_buffer_bytes + capacity.token_counts_bytes + capacity.gathered_bytes
+    )
     assert used <= budget_bytes < used + page_bytes
 
 
@@ -122,6 +135,21 @@ def test_every_step_of_few_requests_has_a_graph_with_little_padding(max_running_
     for num_requests in range(1, sizes[-1] + 1):
         size = next(size for size in sizes if size >= num_requests)
         assert size < 2 * num_requests
+
+
+@given(st.integers(1, 70), st.integers(0, 300), st.integers(1, 8), st.data())
+def test_what_all_groups_bring_together_fits(max_running: int, chunk_tokens: int, dp: int, data: st.DataObject):
+    """Padded and unpadded, whatever each group has: the gathered batch, each group's lanes in it, and its own rows."""
+    options = EngineOptions(max_running_requests=max_running, kv_pool_tokens=64)
+    capacity = plan_of(options, chunk_tokens=chunk_tokens, dp=dp)
+    assert capacity.max_gathered_tokens == dp * max(chunk_tokens, max_running)
+    tokens = data.draw(st.lists(st.integers(0, capacity.max_step_tokens), min_size=dp, max_size=dp))
+    fits_graph = max(tokens) <= capacity.graph_sizes[-1]
+    lanes = next(size for size in capacity.graph_sizes if size >= max(tokens)) if fits_graph else max(1, *tokens, 1)
+    assert lanes <= capacity.max_step_tokens
+    assert dp * lanes <= capacity.max_gathered_tokens
+    if dp > 1:
+        assert capacity.gathered_bytes == capacity.max_gathered_tokens * GATHERED_TOKEN_BYTES
 
 
 @pytest.mark.parametrize(("page_size", "kv_pool_tokens"), [(16, 15), (2, 1), (1024, 1023)])

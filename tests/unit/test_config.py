@@ -16,6 +16,7 @@ from common.errors import UsageError
 from decode_worker.config import DecodeConfig
 from deploy.aggregated_config import AggregatedConfig
 from prefill_worker.config import PrefillConfig
+from prefill_worker.process import read_config as read_prefill_config
 from router.config import RouterConfig
 
 REQUIRED: dict[type[Struct], list[str]] = {
@@ -344,3 +345,10 @@ def test_units_are_seconds_and_tokens():
             if name.endswith(suffix):
                 assert unit == expected
     assert math.isfinite(parse(PrefillConfig, "--model", "m").transfer.lease_s)
+
+
+def test_the_groups_of_a_prefill_worker_have_ports_of_their_own():
+    flags = ["--model=m", "--dp=4", "--bootstrap-port"]
+    assert read_prefill_config([*flags, "65532"]).prefill.bootstrap_port == 65532
+    with pytest.raises(UsageError, match=r"^--bootstrap-port 65533: 4 groups "):
+        read_prefill_config([*flags, "65533"])

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from common.engine.build import EngineParts
 from common.engine.device import CpuDevice
-from common.engine.engine import EngineParts
 from common.engine.fake import RacingDevice, RacingEngine
 from common.engine.penalties import TokenCounts
 from common.messages import Bootstrap, FinishNow, FlushCache, Generate, SamplingParams, StopAt

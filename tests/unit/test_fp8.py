@@ -1,6 +1,10 @@
-"""Checkpoints with float8 matrices and a scale for each block: the weights are what the numbers mean, to the last bit."""
+"""Checkpoints with float8 matrices and a scale for each block: the weights are what the numbers mean, to the last bit.
+
+What is loaded natively, which only GPUs' kernels ask for, is multiplied out by torch's here, expert by expert.
+"""
 
 import json
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from common.config import ModelOptions
 from common.errors import CheckpointError
+from common.kernels.collectives import Collectives
+from common.kernels.interface import ExpertMatrices
 from common.kernels.torch_kernels import TorchKernels
 from common.models.config import load_model_config
 from common.models.qwen3_moe import Qwen3Moe
 from common.models.registry import build_model
-from tests.support.checkpoints import SHAPES, edit_config, edit_tensors, write_fp8
+from common.models.weight_table import Target, WeightTable, columns_of, rows_of
+from common.models.weights import load_weights
+from common.ranks import Rank, Ranks, Span
+from deploy.demo_model import write_demo_model
+from tests.support.checkpoints import SHAPES, WHOLE_BLOCKS, edit_config, edit_tensors, write_fp8
 from tests.support.in_process_pair import InProcessPair, options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
@@ -48,9 +58,10 @@ def folder(twins_of: Twins) -> Path:
     return twins_of("plain")[0]
 
 
-def load(folder: Path, **options: Any) -> Qwen3Moe:
+def load(folder: Path, *, native: bool = False, rank: Rank = Rank(), **options: Any) -> Qwen3Moe:
     config, options_of_model = load_model_config(folder), ModelOptions(model=str(folder), **options)
-    model = build_model(config, options_of_model, torch.device("cpu"), TorchKernels())
+    kernels, alone = TorchKernels(native_fp8=native), Collectives(rank, None, None, None)
+    model = build_model(config, options_of_model, torch.device("cpu"), kernels, alone)
     assert isinstance(model, Qwen3Moe)
     return model
 
@@ -102,6 +113,33 @@ def test_scales_in_another_file_than_their_weights(twins_of: Twins, apart: str):
         save_file({name: tensor for name, tensor in tensors.items() if weight_map[name] == file}, quantised / file)
     (quantised / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert differing(load(quantised), load(dequantised)) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_part_is_cut_from_what_the_whole_matrix_means(tmp_path: Path, seed: int):
+    """Wherever the cuts are: between blocks or inside one, also the last, which the matrix may cut off."""
+    rng = random.Random(seed)
+    rows, columns, block = rng.randint(1, 40), rng.randint(1, 40), (rng.randint(1, 16), rng.randint(1, 16))
+    weight = torch.randn(rows, columns).to(torch.float8_e4m3fn)
+    scale = torch.rand(-(-rows // block[0]), -(-columns // block[1]))
+    save_file({"matrix": weight, "matrix_scale_inv": scale}, tmp_path / "model.safetensors")
+    scale_per_weight = scale[torch.arange(rows)[:, None] // block[0], torch.arange(columns) // block[1]]
+    meant = weight.float() * scale_per_weight
+    for _ in range(10):
+        above, below = sorted(rng.randint(0, rows) for _ in range(2))
+        left, right = sorted(rng.randint(0, columns) for _ in range(2))
+        by_rows = rows_of(["matrix"], torch.empty(below - above, columns), [rows], [Span(above, below)])["matrix"]
+        by_columns = columns_of(torch.empty(rows, right - left), columns, Span(left, right))
+        box = Target((rows, columns), torch.empty(below - above, right - left), (above, left))
+        for target in (by_rows, by_columns, box):
+            load_weights(WeightTable({"matrix": target}, fp8_block=block), tmp_path)
+        for target, part in (
+            (by_rows, meant[above:below]),
+            (by_columns, meant[:, left:right]),
+            (box, meant[above:below, left:right]),
+        ):
+            assert target.view is not None
+            assert torch.equal(target.view, part)
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -182,6 +220,129 @@ def test_float8_that_is_no_matrix_is_refused(folder: Path, name: str):
     edit_tensors(folder, edit)
     with pytest.raises(CheckpointError, match=rf"tensor {name} has type F8_E4M3 and shape .*only matrices"):
         load(folder)
+
+
+@pytest.mark.parametrize("held", ["nothing", "a part"])
+def test_rank_refuses_scales_also_where_it_reads_none(tmp_path: Path, held: str):
+    target = Target((8, 8)) if held == "nothing" else Target((8, 8), torch.empty(2, 8))
+    weight = torch.ones(8, 8).to(torch.float8_e4m3fn)
+
+    def refused(fp8_block: tuple[int, int] | None, message: str, **scale: torch.Tensor) -> None:
+        save_file({"matrix": weight, **scale}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            load_weights(WeightTable({"matrix": target}, fp8_block=fp8_block), tmp_path)
+
+    refused((4, 4), "lacks tensor matrix_scale_inv")
+    refused((4, 4), r"matrix_scale_inv has shape \[2, 3\]", matrix_scale_inv=torch.ones(2, 3))
+    refused((4, 4), "matrix_scale_inv has type I8", matrix_scale_inv=torch.ones(2, 2, dtype=torch.int8))
+    refused(None, "no quantization_config", matrix_scale_inv=torch.ones(2, 2))
+
+
+# ------------------------------------------------------------------------------------------------ experts that stay float8
+
+PARTS = [Rank(), *(Rank(index, Ranks(tp=2)) for index in (0, 1)), Rank(2, Ranks(tp=4, ep=True))]
+
+
+@pytest.fixture(scope="module")
+def _source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("blocks") / "float32"
+    write_demo_model(folder, **WHOLE_BLOCKS)
+    return folder
+
+
+@pytest.fixture
+def blocks(_source: Path, tmp_path: Path) -> Path:
+    """A float8 checkpoint of whole blocks, all with scales of their own, to be spoiled; its meaning is beside it."""
+    write_fp8(_source, tmp_path / "blocks", tmp_path / "meaning", (128, 128))
+    return tmp_path / "blocks"
+
+
+def multiplied_out(model: Qwen3Moe) -> dict[str, torch.Tensor]:
+    """All parameters, with what float8 ones mean in place of them and their scales."""
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name in [name for name in parameters if name.endswith("_scale")]:
+        stem, scale = name.removesuffix("_scale"), parameters.pop(name)
+        name = next(name for name in parameters if name.startswith(stem))
+        matrices = ExpertMatrices(parameters[name], scale)
+        parameters[name] = torch.stack([matrices.of(expert, model.norm_D.dtype) for expert in range(len(scale))])
+    return parameters
+
+
+def assert_equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("rank", PARTS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_native_weights_times_scales_are_the_dequantised_ones(blocks: Path, rank: Rank, dtype: str):
+    """Every rank's part, bit for bit."""
+    native, dequantised = (load(blocks, native=native, rank=rank, dtype=dtype) for native in (True, False))
+    is_expert = [name.split(".")[-1] in ("gate_up_E2ID", "down_EDI") for name, _ in native.named_parameters()]
+    is_float8 = [parameter.dtype == torch.float8_e4m3fn for parameter in native.parameters()]
+    assert is_expert == is_float8
+    assert sum(is_float8) == 4
+    assert_equal(multiplied_out(native), multiplied_out(dequantised))
+
+
+def test_block_of_one_expert_with_another_scale_is_seen(blocks: Path):
+    dequantised = multiplied_out(load(blocks))
+    edit_tensors(blocks, lambda tensors: tensors.update({SCALE: tensors[SCALE].roll(1, 1)}))
+    ours = multiplied_out(load(blocks, native=True))
+    assert [name for name in ours if not torch.equal(ours[name], dequantised[name])] == ["layers.0.mlp.gate_up_E2ID"]
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16])
+def test_scales_of_16_bits_are_converted(blocks: Path, scale_dtype: torch.dtype):
+    def convert(tensors: dict[str, torch.Tensor]) -> None:
+        scales = {name: scale.to(scale_dtype) for name, scale in tensors.items() if name.endswith("_scale_inv")}
+        tensors.update(scales)
+
+    edit_tensors(blocks, convert)
+    assert_equal(multiplied_out(load(blocks, native=True)), multiplied_out(load(blocks)))
+
+
+@pytest.mark.parametrize("rank", [Rank(), Rank(3, Ranks(tp=4, ep=True))])
+@pytest.mark.parametrize("name", ["3.gate_proj.weight", "3.up_proj.weight", "3.down_proj.weight", "down_proj"])
+def test_experts_that_are_not_float8_are_refused_by_every_rank(blocks: Path, rank: Rank, name: str):
+    """Expert 3 is on rank 0, and the tensor of all experts on all of them."""
+    name = "model.layers.0.mlp.experts." + name
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        if name in tensors:
+            tensors[name] = tensors[name].float()
+            del tensors[name + "_scale_inv"]
+        else:
+            parts = [f"model.layers.0.mlp.experts.{expert}.down_proj.weight" for expert in range(16)]
+            tensors[name] = torch.stack([tensors.pop(part).float() for part in parts])
+            for part in parts:
+                del tensors[part + "_scale_inv"]
+
+    edit_tensors(blocks, edit)
+    load(blocks, rank=rank)
+    with pytest.raises(CheckpointError, match=rf"tensor {name} has type F32 where .* implies F8_E4M3.* --fp8 dequ"):
+        load(blocks, native=True, rank=rank)
+
+
+@pytest.mark.parametrize("ep", [False, True])
+def test_dummy_weights_of_all_ranks_are_one_float8_model(blocks: Path, ep: bool):
+    options: dict[str, Any] = {"native": True, "load_format": "dummy", "dtype": "bfloat16"}
+    whole = dict(load(blocks, **options).named_parameters())
+    ranks = [dict(load(blocks, rank=Rank(i, Ranks(tp=2, dp=2, ep=ep)), **options).named_parameters()) for i in (0, 1)]
+    for name in ("gate_up_E2ID", "gate_up_scale", "down_EDI", "down_scale"):
+        name = f"layers.1.mlp.{name}"
+        parts = [rank[name].float() for rank in ranks]
+        if ep:
+            joined = torch.cat(parts)
+        elif "down" in name:
+            joined = torch.cat(parts, dim=2)
+        else:
+            halves = [part.chunk(2, dim=1) for part in parts]
+            joined = torch.cat([half[i] for i in (0, 1) for half in halves], dim=1)
+        assert torch.equal(joined, whole[name].float())
+    for name in ("gate_up_E2ID", "down_EDI"):
+        meant = multiplied_out(load(blocks, **options))[f"layers.1.mlp.{name}"].float()
+        assert meant.var(dim=(1, 2)).mul(meant.shape[2]).sub(1).abs().max() < 0.05
 
 
 # ------------------------------------------------------------------------------------------------ the whole engine

@@ -98,7 +98,7 @@ def check_call(call: GenerateCall) -> None:
     """All that was read must reach a worker as it was read."""
     assert call.samples
     for sample in call.samples:
-        body = encode_leg(sample, rid="leg", bootstrap=sample.bootstrap, stream=call.stream)
+        body = encode_leg(sample, "decode", rid="leg", bootstrap=sample.bootstrap, stream=call.stream)
         [again] = parse_generate(body).samples
         assert again.options == replace(sample.options, routed_experts_dtype="auto")
         assert (again.bootstrap, again.prompt_field) == (sample.bootstrap, sample.prompt_field)

@@ -25,14 +25,16 @@ from common.messages import (
     KvDone,
     KvRequest,
     PoolInfo,
+    PoolPart,
     ProcessMark,
 )
 from common.process import own_mark
 from tests.support.hostile import STABLE
 from tests.support.in_process_pair import DECODE, PREFILL
-from tests.support.transfer_bench import OPTIONS, POOL, Bench, NotedLink, delay_writes
+from tests.support.transfer_bench import MEMORY, OPTIONS, Bench, NotedLink, delay_writes
+from transfer.agent import describe
 from transfer.commands import CancelKv, CancelRoom, KvArrived, KvLost, PagesQuiet, RoomClosed
-from transfer.handshake import PROTOCOL
+from transfer.handshake import PROTOCOL, is_sound
 from transfer.loopback import LoopbackAgent, no_faults
 
 STRANGER = "stranger"
@@ -55,22 +57,47 @@ MARKS = st.just(own_mark()) | st.builds(
 SECONDS = st.sampled_from([0.0, -1.0, 1e308, float("nan"), float("inf")])
 TEXTS = st.none() | st.sampled_from(["", "handshake", "transfer", "x" * 10_000])
 
-POOLS = st.just(POOL) | st.builds(
-    PoolInfo,
+
+def part_of(name: str) -> PoolPart:
+    return PoolPart(
+        agent=name,
+        agent_metadata=name.encode(),
+        process=own_mark(),
+        base_address=0,
+        device_id=0,
+        first_head=0,
+        num_heads=1,
+    )
+
+
+def pool_of(name: str) -> PoolInfo:
+    return describe(MEMORY, [part_of(name)])
+
+
+PARTS = st.sampled_from([part_of(STRANGER), part_of(DECODE)]) | st.builds(
+    PoolPart,
+    agent=PEERS,
+    agent_metadata=st.sampled_from([DECODE.encode(), STRANGER.encode(), b"", b"\xff\xfe", b"x" * 2**21]),
+    process=MARKS,
     base_address=NUMBERS,
-    num_pages=NUMBERS | st.just(8),
-    page_bytes=st.just(4) | NUMBERS,
-    page_size=st.just(2) | NUMBERS,
     device_id=NUMBERS,
+    first_head=st.just(0) | NUMBERS,
+    num_heads=st.just(1) | NUMBERS,
+)
+POOLS = st.sampled_from([pool_of(STRANGER), pool_of(DECODE)]) | st.builds(
+    PoolInfo,
+    num_pages=NUMBERS | st.just(8),
+    page_size=st.just(2) | NUMBERS,
     memory=st.sampled_from(["DRAM", "VRAM"]),
-    layout=st.just("bench") | st.text(max_size=3),
+    layout=st.just(MEMORY.layout.fingerprint) | st.text(max_size=3),
+    num_kv_heads=st.just(1) | NUMBERS,
+    head_bytes=st.just(4) | NUMBERS,
+    parts=st.lists(PARTS, max_size=3).map(tuple) | st.just((part_of(STRANGER),) * 65),
 )
 HELLOS = st.builds(
     Hello,
     peer=PEERS,
-    process=MARKS,
     protocol=st.just(PROTOCOL) | NUMBERS,
-    agent_metadata=st.sampled_from([DECODE.encode(), STRANGER.encode(), b"", b"\xff\xfe", b"x" * 2**21]),
     pool=POOLS,
     weight_version=st.just("w") | st.text(max_size=2),
 )
@@ -90,7 +117,13 @@ TO_SENDER = (
     | st.builds(KvAbort, to=PEERS, room=ROOMS, generation=GENERATIONS)
 )
 TO_RECEIVER = (
-    st.builds(HelloReply, peer=PEERS, process=MARKS, refusal=TEXTS)
+    st.builds(
+        HelloReply,
+        peer=PEERS,
+        processes=st.lists(MARKS, max_size=3).map(tuple) | st.just((own_mark(),) * 65),
+        dp=st.just(1) | NUMBERS,
+        refusal=TEXTS,
+    )
     | st.builds(HeartbeatReply, peer=PEERS, is_paired=st.booleans())
     | st.builds(
         KvDone,
@@ -130,13 +163,13 @@ class Rig(Bench):
         links = self.links[0]._peers
         self.stranger: Any = NotedLink(STRANGER, links, self.network)
         links[STRANGER] = self.stranger
-        self.stranger_agent = LoopbackAgent(STRANGER, torch.zeros(8, 4, dtype=torch.uint8), self.network)
+        self.stranger_agent = LoopbackAgent(STRANGER, torch.zeros(8, 4, dtype=torch.uint8), MEMORY, self.network)
         self.prompt = self.network.agents[PREFILL].pages.clone()
         self.senders = {PREFILL: self.links[0], DECODE: self.links[1], STRANGER: self.stranger}
         self.allowed = {DECODE: set(OFFERED), STRANGER: set[int]()}
         """Pages that each decode worker has offered."""
         self.has_moved = False
-        """Whether the prefill worker has said that it is a process of another host: nothing can be proven about that one."""
+        """Whether the prefill worker has said that it is on another host, or has followers: nothing can be proven about those."""
         self.closed: list[RoomClosed] = []
         self.events: list[Any] = []
 
@@ -155,7 +188,7 @@ class Rig(Bench):
             case "give up":
                 self.sender.mailbox.submit(CancelRoom(self.ROOM, "given up"))
             case "cancel":
-                self.receiver.mailbox.submit(CancelKv(self.ROOM, PREFILL))
+                self.receiver.mailbox.submit(CancelKv(self.ROOM, PREFILL, self.ROOM))
             case "sleep":
                 self.sleep(2)
             case "release":
@@ -174,9 +207,11 @@ class Rig(Bench):
         if isinstance(message, KvRequest):
             self.allowed[who] |= set(message.pages)
         if isinstance(message, HelloReply):
-            own, told = own_mark(), message.process
-            is_here = (told.boot_id, told.network_namespace) == (own.boot_id, own.network_namespace)
-            self.has_moved |= who == PREFILL and not is_here
+            own = own_mark()
+            is_here = [(own.boot_id, own.network_namespace)] == [
+                (told.boot_id, told.network_namespace) for told in message.processes
+            ]
+            self.has_moved |= who == PREFILL and is_sound(message) and not is_here
         self.senders[who].send(to, message)
 
     def look(self) -> None:
@@ -241,15 +276,15 @@ BY_STRANGERS = st.tuples(st.just(STRANGER), TO_BOTH).map(lambda said: (said[0], 
 BY_THE_PAIR = st.tuples(st.just(DECODE), st.just(PREFILL), TO_SENDER) | st.tuples(
     st.just(PREFILL), st.just(DECODE), TO_RECEIVER
 )
-HELLO = Hello(
-    peer=STRANGER,
-    process=own_mark(),
-    protocol=PROTOCOL,
-    agent_metadata=STRANGER.encode(),
-    pool=POOL,
-    weight_version="w",
-)
-OWN_HELLO = (DECODE, PREFILL, replace(HELLO, peer=DECODE, agent_metadata=DECODE.encode()))
+HELLO = Hello(peer=STRANGER, protocol=PROTOCOL, pool=pool_of(STRANGER), weight_version="w")
+OWN_HELLO = (DECODE, PREFILL, replace(HELLO, peer=DECODE, pool=pool_of(DECODE)))
+
+
+def hello_with(**fields: Any) -> Hello:
+    """A stranger's, with other things said about its one rank."""
+    return replace(HELLO, pool=replace(HELLO.pool, parts=(replace(HELLO.pool.parts[0], **fields),)))
+
+
 REAL = ["open", "ask", "turn", "chunk", "finish"]
 
 
@@ -260,8 +295,8 @@ def request(**fields: Any) -> KvRequest:
 
 @STABLE
 @given(scripts(BY_STRANGERS, []), st.booleans())
-@example([(STRANGER, PREFILL, replace(HELLO, agent_metadata=DECODE.encode())), *REAL], False)
-@example([(STRANGER, PREFILL, replace(HELLO, agent_metadata=b"\xff")), *REAL], False)
+@example([(STRANGER, PREFILL, hello_with(agent_metadata=DECODE.encode())), *REAL], False)
+@example([(STRANGER, PREFILL, hello_with(agent_metadata=b"\xff")), *REAL], False)
 @example([(STRANGER, PREFILL, HELLO), (STRANGER, PREFILL, request(room=-1, prompt_tokens=6)), *REAL], False)
 @example([(STRANGER, PREFILL, HELLO), "turn", (STRANGER, PREFILL, request(pages=[0, 1, 2])), *REAL], False)
 def test_strangers(script: list[Any], delayed: bool):
@@ -274,7 +309,7 @@ def test_strangers(script: list[Any], delayed: bool):
 
 @STABLE
 @given(scripts(BY_THE_PAIR | BY_STRANGERS, ["give up", "cancel"]), st.booleans())
-@example([*REAL[:3], (PREFILL, DECODE, HelloReply(peer="", process=own_mark(), refusal="no")), *REAL[3:]], True)
+@example([*REAL[:3], (PREFILL, DECODE, HelloReply(peer="", processes=(own_mark(),), refusal="no")), *REAL[3:]], True)
 @example([*REAL[:3], (DECODE, PREFILL, request(generation=2)), *REAL[3:]], True)
 @example([OWN_HELLO, "open", (DECODE, PREFILL, request(generation=2**63)), "chunk", "turn", "ask", "finish"], False)
 @example([OWN_HELLO, (DECODE, PREFILL, request(room=-1)), "turn", *REAL], False)
@@ -340,7 +375,7 @@ def test_the_end_of_another_generation_ends_nothing(generation: int):
 def test_a_peer_cannot_move_its_pool():
     """What is prepared for a peer are the addresses of its first greeting; page numbers of another pool would miss them."""
     rig = Rig(delayed=False)
-    for pool in (POOL, replace(POOL, num_pages=100)):
+    for pool in (HELLO.pool, replace(HELLO.pool, num_pages=100)):
         rig.say(STRANGER, PREFILL, replace(HELLO, pool=pool))
     rig.say(STRANGER, PREFILL, request(pages=[97, 98, 99]))
     rig.turn()
@@ -348,7 +383,7 @@ def test_a_peer_cannot_move_its_pool():
     assert rig.sender._peers.refusal(STRANGER) is not None
     known = rig.sender._peers.get(STRANGER)
     assert known is not None
-    assert known.pool == POOL
+    assert known.pool == HELLO.pool
 
 
 def test_a_room_that_is_spoken_for_is_not_given_to_others():

@@ -20,7 +20,7 @@ def plan(*flags: str, gpus: tuple[str, ...] = ()) -> LaunchPlan:
         list(flags),
         stub_roles(),
         find_gpus=lambda: list(gpus),
-        choose_ports=lambda count: list(range(9000, 9000 + count)),
+        choose_ports=lambda lengths: [9000 + sum(lengths[:index]) for index in range(len(lengths))],
     )
 
 
@@ -132,7 +132,7 @@ def test_an_aggregated_stack_has_one_worker_and_one_gpu(model: str) -> None:
         (["--chunked-prefill-tokens=32"], "unknown option --chunked-prefill-tokens"),
         (["--aggregated.page-size=x"], "aggregated-0: --page-size"),
         (["--worker=http://a:1"], "--worker: the launcher chooses"),
-        (["--device=cuda"], "1 workers need as many GPUs"),
+        (["--device=cuda"], "1 workers with 1 ranks need 1 GPUs"),
     ],
 )
 def test_what_does_not_go_with_aggregated_is_named(model: str, flags: list[str], message: str) -> None:
@@ -195,10 +195,47 @@ def test_a_memory_fraction_that_was_asked_for_is_kept(model: str) -> None:
 
 
 def test_too_few_gpus_are_refused(model: str) -> None:
-    with pytest.raises(UsageError, match="2 workers need as many GPUs, this machine has 0"):
+    with pytest.raises(UsageError, match=r"2 workers with 1 \+ 1 ranks need 2 GPUs, this machine has 0"):
         plan(model, "--device=cuda")
-    with pytest.raises(UsageError, match="3 workers need as many GPUs, this machine has 2"):
+    with pytest.raises(UsageError, match=r"3 workers with 1 \+ 1 \+ 1 ranks need 3 GPUs, this machine has 2"):
         plan(model, "--decode=2", gpus=("0", "1"))
+
+
+def test_each_rank_gets_a_gpu_of_its_own(model: str) -> None:
+    stack = commands(plan(model, "--prefill.tp=2", "--decode.dp=4", "--decode.ep", gpus=tuple("abcdefg")))
+    assert stack["prefill-0"].environment == {"CUDA_VISIBLE_DEVICES": "a,b"}
+    assert stack["decode-0"].environment == {"CUDA_VISIBLE_DEVICES": "c,d,e,f"}
+    assert stack["decode-0"].arguments[-2:] == ["--dp=4", "--ep"]
+    stack = commands(plan(model, "--aggregated", "--tp=2", gpus=("3", "4")))
+    assert stack["aggregated-0"].environment == {"CUDA_VISIBLE_DEVICES": "3,4"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus", "message"),
+    [
+        (["--tp=2"], "abc", r"2 workers with 2 \+ 2 ranks need 4 GPUs, this machine has 3"),
+        (["--decode.tp=2"], "a", r"2 workers with 1 \+ 2 ranks need 3 GPUs, this machine has 1"),
+        (["--aggregated", "--tp=2"], "a", r"1 workers with 2 ranks need 2 GPUs, this machine has 1"),
+        (["--decode.tp=3", "--decode.dp=2"], "abcd", r"decode-0: --dp 2: does not divide --tp 3"),
+    ],
+)
+def test_ranks_that_have_no_gpu_or_make_no_groups(model: str, flags: list[str], gpus: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        plan(model, *flags, gpus=tuple(gpus))
+
+
+def test_each_group_of_a_prefill_worker_has_a_port(model: str) -> None:
+    stack = commands(plan(model, "--prefill=2", "--prefill.dp=3", "--decode.dp=2"))
+    # 9000 to 9002 are for HTTP.
+    assert "--bootstrap-port=9003" in stack["prefill-0"].arguments
+    assert stack["prefill-0"].addresses == [("127.0.0.1", port) for port in (9000, 9003, 9004, 9005)]
+    assert "--bootstrap-port=9006" in stack["prefill-1"].arguments
+    assert stack["prefill-1"].addresses == [("127.0.0.1", port) for port in (9001, 9006, 9007, 9008)]
+    assert stack["decode-0"].addresses == [("127.0.0.1", 9002)]
+    assert stack["router"].arguments[2:8] == [
+        *("--prefill", "http://127.0.0.1:9000", "9003"),
+        *("--prefill", "http://127.0.0.1:9001", "9006"),
+    ]
 
 
 def test_the_cpu_is_used_where_there_is_no_gpu_or_it_is_asked_for(model: str) -> None:

@@ -72,12 +72,12 @@ def test_n_samples_have_n_rooms():
     options = RequestOptions(sampling=SamplingParams(n=3, seed=9), return_logprob=True, top_logprobs_num=2)
     sample = Sample(rid="mine", options=options, messages=({"role": "user", "content": "a"},))
     bootstrap = Bootstrap("h", 8, (1, 2, 3))
-    body = encode_leg(sample, rid="leg", bootstrap=bootstrap, stream=True)
+    body = encode_leg(sample, "decode", rid="leg", bootstrap=bootstrap, stream=True)
     (leg,) = parse_generate(body).samples
     assert (leg.messages, leg.bootstrap) == (sample.messages, bootstrap)
     assert leg.options == msgspec.structs.replace(options, stream=True, routed_experts_dtype="auto")
-    alone = json.loads(encode_leg(sample, rid="leg", bootstrap=None, stream=False))
+    alone = json.loads(encode_leg(sample, "decode", rid="leg", bootstrap=None, stream=False))
     assert alone["sampling_params"]["n"] == 3
     assert "bootstrap_room" not in alone
-    one_room = json.loads(encode_leg(sample, rid="leg", bootstrap=Bootstrap("h", 8, (7,)), stream=False))
+    one_room = json.loads(encode_leg(sample, "decode", rid="leg", bootstrap=Bootstrap("h", 8, (7,)), stream=False))
     assert one_room["bootstrap_room"] == 7

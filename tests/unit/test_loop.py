@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.engine.engine import EngineParts
+from common.engine.build import EngineParts
 from common.engine.fake import RacingDevice, RacingEngine
 from common.engine.loop import MAX_FAILED_STEPS, Loop
 from common.engine.step import Launched, StepResult
 from common.messages import ErrorReport, RequestOptions
+from common.ranks import Rank, Ranks
 from common.scheduling.step_plan import StepPlan
 from tests.support.aggregated import InProcessAggregated
 from tests.support.in_process_pair import InProcessPair, options_of
@@ -208,6 +209,8 @@ class Fake:
     def __init__(self, **raises: Exception) -> None:
         self.raises = raises
         self.num_failed_steps = 0
+        self.rank = Rank()
+        self.is_called = False
         self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
@@ -227,6 +230,36 @@ def test_a_broken_device_ends_the_process_before_anything_is_given_back(step: st
         Loop(fake, fake, overlap=False).turn()
     assert isinstance(raised.value.__context__, ValueError)
     assert "on_failed" not in fake.calls
+
+
+@pytest.mark.parametrize("step", ["launch", "settle"])
+def test_with_other_ranks_the_first_failed_step_ends_the_process(step: str):
+    """Nobody knows how far they are in it; the requests fail with the process."""
+    fake: Any = Fake(**{step: ValueError("step")})
+    fake.rank = Ranks(tp=2).rank(0)
+    with pytest.raises(ValueError, match="step"):
+        Loop(fake, fake, overlap=False).turn()
+    assert "on_failed" not in fake.calls
+
+
+def test_an_idle_group_joins_the_others_with_an_empty_plan():
+    class Idle(Fake):
+        def plan(self) -> None:
+            """There is nothing to run."""
+
+        def launch(self, plan: StepPlan) -> SimpleNamespace:
+            launched.append(plan)
+            return SimpleNamespace(settle=self.settle)
+
+    launched: list[StepPlan] = []
+    fake: Any = Idle()
+    loop = Loop(fake, fake, overlap=False)
+    assert not loop.turn()
+    assert launched == []
+    fake.is_called = True
+    assert loop.turn()
+    assert launched == [StepPlan(())]
+    assert fake.calls[-2:] == ["settle", "on_settled"]
 
 
 @pytest.mark.parametrize("name", ["plan", "on_settled", "on_failed"])

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from common.memory.layout import KvLayout
 from common.memory.page_allocator import PageAllocator
 from common.memory.prefix_cache import PrefixCache
 
@@ -159,3 +161,14 @@ def test_a_held_page_keeps_the_ancestors_it_hangs_on():
     allocator.release(first)
     assert cache.evict(8) == 0
     assert cache.match(tokens([1, 2, 3])) == [first[0], second[1]]
+
+
+def test_a_layout_is_told_from_others_by_the_whole_page_alone():
+    """Ranks that hold other heads of one model are alike; models with other numbers of heads are not."""
+    whole = KvLayout(page_size=4, num_layers=3, num_kv_heads=8, head_dim=16, dtype="float16", itemsize_bytes=2)
+    last = replace(whole, num_kv_heads=2, first_kv_head=6, model_kv_heads=8)
+    assert last.fingerprint == whole.fingerprint
+    assert (4 * last.page_bytes, last.head_bytes) == (whole.page_bytes, whole.head_bytes)
+    assert whole.page_bytes == np.prod(whole.page_shape) * 2
+    others = [{"num_kv_heads": 2}, {"page_size": 2}, {"num_layers": 2}, {"head_dim": 8}, {"dtype": "bfloat16"}]
+    assert whole.fingerprint not in {replace(whole, **other).fingerprint for other in others}

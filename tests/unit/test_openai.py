@@ -80,6 +80,7 @@ def test_every_field_finds_its_place():
         return_routed_experts=True,
         routed_experts_start_len=1,
         routed_experts_dtype="auto",
+        data_parallel_rank=3,
         rid="mine",
         return_meta_info=True,
         top_k=4,
@@ -99,7 +100,7 @@ def test_every_field_finds_its_place():
     assert (sampling.logit_bias, sampling.ignore_eos, sampling.skip_special_tokens) == ({5: 1.5}, True, False)
     assert (options.return_logprob, options.top_logprobs_num, options.return_text_in_logprobs) == (True, 3, True)
     assert (options.return_routed_experts, options.routed_experts_start_len) == (True, 1)
-    assert options.routed_experts_dtype == "auto"
+    assert (options.routed_experts_dtype, options.data_parallel_rank) == ("auto", 3)
     assert (sample.rid, call.id, call.include_usage, call.return_meta_info) == ("mine", "mine", True, True)
 
 

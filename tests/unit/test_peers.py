@@ -7,12 +7,28 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from common.messages import Heartbeat, KvAbort, KvDone, KvRequest, PrefillToDecode
+from common.messages import (
+    Heartbeat,
+    Hello,
+    HelloReply,
+    KvAbort,
+    KvDone,
+    KvRequest,
+    PoolInfo,
+    PoolPart,
+    PrefillToDecode,
+    ProcessMark,
+)
 from common.process import own_mark
-from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
-from tests.support.transfer_bench import OPTIONS, Bench, delay_writes
+from common.ranks import kv_heads_at
+from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, options_of
+from tests.support.transfer_bench import LAYOUT, MEMORY, OPTIONS, Bench, delay_writes
+from transfer.agent import describe
 from transfer.commands import CancelKv, CancelRoom, KvLost, PagesQuiet, ReserveKv, RoomClosed
+from transfer.handshake import PROTOCOL, refusal_of
 from transfer.loopback import Fault
+from transfer.peers import Peer
+from transfer.sources import Life
 
 
 @pytest.fixture
@@ -90,7 +106,7 @@ def test_an_abort_is_repeated_until_it_is_answered(bench: Bench):
     """The abort itself gets lost."""
     bench.network.faults = lambda what: Fault.DROP if what == "KvAbort" else Fault.NONE
     bench.network.release()
-    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL))
+    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL, bench.ROOM))
     bench.sleep(3)
     assert bench.receiver.mailbox.events() == []
     bench.network.faults = lambda what: Fault.NONE
@@ -119,7 +135,7 @@ def test_a_restarted_prefill_worker_is_proof_that_the_old_one_is_gone(bench: Ben
 def test_a_process_of_another_host_or_container_at_the_address_proves_nothing(bench: Bench, elsewhere: dict[str, Any]):
     """An address may have moved while the old process still runs: its pages stay in quarantine, whatever the new one says."""
     sender = bench.start_sender("prefill-2")
-    sender._process = replace(own_mark(), **elsewhere)
+    sender._processes = (replace(own_mark(), **elsewhere),)
     bench.sleep(2)
     assert "restarted" in lost(bench).error.message
     bench.sleep(10 * OPTIONS.transfer_deadline_s)
@@ -154,20 +170,20 @@ def test_nobody_at_the_address():
 def test_a_prefill_worker_that_has_forgotten_this_one_is_greeted_again(bench: Bench):
     """Its answer to a heartbeat says so."""
     bench.network.release()
-    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL))
+    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL, bench.ROOM))
     bench.turn()
     bench.sender._peers._peers.clear()
-    bench.receiver.mailbox.submit(ReserveKv(2, PREFILL))
+    bench.receiver.mailbox.submit(ReserveKv(2, PREFILL, 2))
     bench.sleep(3)
     assert bench.sender._peers.get("decode-0") is not None
 
 
 def test_an_unused_connection_is_closed_and_made_again(bench: Bench):
     bench.network.release()
-    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL))
+    bench.receiver.mailbox.submit(CancelKv(bench.ROOM, PREFILL, bench.ROOM))
     bench.sleep(700)
     assert bench.links[1].dialed == []
-    bench.receiver.mailbox.submit(ReserveKv(2, PREFILL))
+    bench.receiver.mailbox.submit(ReserveKv(2, PREFILL, 2))
     bench.sleep(1)
     assert bench.links[1].dialed == [PREFILL]
 
@@ -218,7 +234,7 @@ def test_heartbeats_keep_a_lease():
     bench.open()
     bench.chunk(0, 1, 2)
     bench.finish()
-    bench.receiver.mailbox.submit(ReserveKv(bench.ROOM, PREFILL))
+    bench.receiver.mailbox.submit(ReserveKv(bench.ROOM, PREFILL, bench.ROOM))
     bench.sleep(5 * OPTIONS.lease_s)
     assert bench.sender.num_rooms == 1
     bench.ask()
@@ -270,28 +286,157 @@ def test_a_queued_request_reserves_its_prompt(checkpoint_of: Callable[[str], Pat
 # ------------------------------------------------------------------------------------------------ nonsense
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("num_pages", 0),
-        ("num_pages", 2**62),
-        ("base_address", -1),
-        ("base_address", 2**63 - 1),
-        ("page_bytes", 5),
-        ("page_size", 3),
-        ("device_id", -1),
-    ],
-)
-def test_numbers_that_cannot_be_addresses_are_refused(field: str, value: int):
-    """Before they are given to NIXL."""
+def with_pool(hello: Hello, **fields: Any) -> Hello:
+    return replace(hello, pool=replace(hello.pool, **fields))
+
+
+def with_part(hello: Hello, **fields: Any) -> Hello:
+    return with_pool(hello, parts=(replace(hello.pool.parts[0], **fields),))
+
+
+def check_refused(change: Callable[[Hello], Hello]) -> None:
+    """The request fails, and NIXL is not asked."""
     bench = Bench()
-    hello = bench.receiver.sources.hello
-    bench.receiver.sources.hello = replace(hello, pool=replace(hello.pool, **{field: value}))
+    bench.receiver.sources.hello = change(bench.receiver.sources.hello)
     bench.sender._peers._agent.connect = None  # type: ignore[method-assign, assignment]
     bench.open()
     bench.ask()
     bench.turn()
     assert lost_message(bench)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_pages", 0),
+        ("num_pages", 2**62),
+        ("num_kv_heads", 0),
+        ("num_kv_heads", 2),
+        ("head_bytes", 5),
+        ("page_size", 3),
+        ("parts", ()),
+    ],
+)
+def test_numbers_that_cannot_be_addresses_are_refused(field: str, value: Any):
+    """Before they are given to NIXL."""
+    check_refused(lambda hello: with_pool(hello, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_address", -1),
+        ("base_address", 2**63 - 1),
+        ("device_id", -1),
+        ("first_head", 1),
+        ("first_head", -1),
+        ("num_heads", 0),
+        ("num_heads", 2),
+        ("agent", "another"),
+        ("agent_metadata", bytes(2**20 + 1)),
+    ],
+)
+def test_a_rank_whose_numbers_cannot_be_addresses_is_refused(field: str, value: Any):
+    check_refused(lambda hello: with_part(hello, **{field: value}))
+
+
+@pytest.mark.parametrize(
+    "names", [["decode-0", "decode-0"], ["decode-0", "a" * 300], ["other", "decode-0"], [f"r{i}" for i in range(65)]]
+)
+def test_ranks_that_are_called_alike_or_are_too_many_are_refused(names: list[str]):
+    names = ["decode-0", *names[1:]] if len(names) == 65 else names
+
+    def change(hello: Hello) -> Hello:
+        [part] = hello.pool.parts
+        return with_pool(hello, parts=tuple(replace(part, agent=name) for name in names))
+
+    check_refused(change)
+
+
+def test_ranks_that_hold_other_heads_than_their_places_do_are_refused():
+    pool = group_pool(2, num_kv_heads=2)
+    own = group_pool(1, num_kv_heads=2)
+    assert refusal_of(hello_of(pool), own, "w") is None
+    swapped = replace(pool, parts=(replace(pool.parts[0], first_head=1), replace(pool.parts[1], first_head=0)))
+    for parts in (swapped.parts, (pool.parts[0], replace(pool.parts[1], first_head=0)), pool.parts[:1]):
+        assert refusal_of(hello_of(replace(pool, parts=parts)), own, "w") is not None
+    assert refusal_of(hello_of(group_pool(3, num_kv_heads=3)), own, "w") is not None
+
+
+def test_replicated_heads_are_taken():
+    assert refusal_of(hello_of(group_pool(4, num_kv_heads=2)), group_pool(1, num_kv_heads=2), "w") is None
+
+
+def test_an_agent_of_another_worker_is_not_taken_over():
+    """NIXL knows agents by their names alone: forgetting the one worker would cut the other off."""
+    bench = Bench()
+    peers = bench.sender._peers
+    assert peers.greet(DECODE, bench.receiver.sources.hello, 0.0) is None
+    other = with_part(replace(bench.receiver.sources.hello, peer="other"), agent="other")
+    [part] = other.pool.parts
+    parts = (part, replace(part, agent=DECODE))
+    refusal = peers.greet("other", with_pool(other, parts=parts), 0.0)
+    assert refusal is not None
+    assert "another worker's" in refusal
+
+
+# ------------------------------------------------------------------------------------------------ several ranks
+
+
+def group_pool(num_ranks: int, *, num_kv_heads: int, name: str = "decode-0") -> PoolInfo:
+    parts: list[PoolPart] = []
+    for place in range(num_ranks):
+        heads = kv_heads_at(place, num_ranks, num_kv_heads)
+        part = PoolPart(
+            agent=name if place == 0 else f"{name}-{place}",
+            agent_metadata=b"",
+            process=replace(own_mark(), started_ticks=place),
+            base_address=0,
+            device_id=place,
+            first_head=heads.start,
+            num_heads=len(heads),
+        )
+        parts.append(part)
+    layout = replace(LAYOUT, num_kv_heads=num_kv_heads)
+    return describe(replace(MEMORY, layout=layout), parts)
+
+
+def hello_of(pool: PoolInfo) -> Hello:
+    return Hello(peer=pool.parts[0].agent, protocol=PROTOCOL, pool=pool, weight_version="w")
+
+
+def test_a_life_of_several_ranks_ends_with_the_last_of_them(monkeypatch: pytest.MonkeyPatch):
+    """And neither with a successor at its address, which says nothing about followers, nor with its leader."""
+    marks = tuple(replace(own_mark(), started_ticks=ticks) for ticks in (1, 2, 3))
+    gone: set[ProcessMark] = set()
+    monkeypatch.setattr("transfer.sources.is_gone", lambda mark: mark in gone)
+    life = Life("prefill-0", marks, 1)
+    life.meet(Life("prefill-1", marks, 1))
+    assert not life.is_gone
+    gone |= set(marks[:2])
+    assert not life.is_gone
+    gone.add(marks[2])
+    assert life.is_gone
+
+
+def test_a_decode_worker_of_several_ranks_is_gone_with_the_last_of_them(monkeypatch: pytest.MonkeyPatch):
+    peer = Peer(group_pool(2, num_kv_heads=2), 0.0)
+    gone: set[ProcessMark] = set()
+    monkeypatch.setattr("transfer.peers.is_gone", lambda mark: mark in gone)
+    gone.add(peer.pool.parts[0].process)
+    assert not peer.is_gone
+    gone.add(peer.pool.parts[1].process)
+    assert peer.is_gone
+
+
+@pytest.mark.parametrize("fields", [{"processes": ()}, {"processes": (own_mark(),) * 65}, {"dp": 0}, {"dp": 65}])
+def test_an_answer_that_proves_too_much_is_dropped(bench: Bench, fields: dict[str, Any]):
+    """Of no processes all have ended."""
+    bench.links[0].send(DECODE, replace(HelloReply(peer="new", processes=(own_mark(),)), **fields))
+    dropped = bench.receiver.num_dropped
+    bench.turn()
+    assert bench.receiver.num_dropped == dropped + 1
+    assert bench.receiver.mailbox.events() == []
 
 
 @pytest.mark.parametrize("token_id", [-1, 2**20])

@@ -18,6 +18,7 @@ from common.process import (
     PARENT_PID_VARIABLE,
     ensure_port_free,
     free_port,
+    free_port_runs,
     free_ports,
     is_gone,
     own_mark,
@@ -142,6 +143,24 @@ def test_free_ports_are_free_and_different() -> None:
     assert len(set(ports)) == 20
     for port in [*ports, free_port()]:
         ensure_port_free("127.0.0.1", port)
+
+
+def test_runs_of_ports_are_consecutive_free_and_apart() -> None:
+    lengths = [1, 4, 1, 8, 2]
+    runs = [range(start, start + length) for start, length in zip(free_port_runs(lengths), lengths, strict=True)]
+    ports = [port for run in runs for port in run]
+    assert len(set(ports)) == sum(lengths)
+    for port in ports:
+        ensure_port_free("127.0.0.1", port)
+
+
+def test_a_run_with_a_port_in_use_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setattr(process, "_LISTENING_PORTS", range(port - 2, port + 2))
+        assert free_port_runs([2]) == [port - 2]
+        with pytest.raises(UsageError, match="no 3 consecutive free ports on 127"):
+            free_port_runs([3])
 
 
 # ------------------------------------------------------------------------------------------------ who is alive

@@ -75,6 +75,9 @@ BAD = [
     ("routed_experts_dtype", {"text": "a", "routed_experts_dtype": "int8"}),
     ("routed_experts_start_len", {"text": "a", "return_routed_experts": True, "routed_experts_start_len": -1}),
     ("routed_experts_start_len", {"text": "a", "return_routed_experts": True, "routed_experts_start_len": 1.5}),
+    ("data_parallel_rank", {"text": "a", "data_parallel_rank": -1}),
+    ("data_parallel_rank", {"text": "a", "data_parallel_rank": [0]}),
+    ("data_parallel_rank", {"text": "a", "data_parallel_rank": True}),
     ("sampling_params", {"text": "a", "sampling_params": 3}),
     ("sampling_params", {"text": "a", "sampling_params": [{}]}),
     ("sampling_params", {"text": ["a", "b"], "sampling_params": [{}]}),
@@ -478,15 +481,18 @@ def test_a_leg_body_is_parsed_as_it_was_meant():
         return_logprob=True,
         return_routed_experts=True,
         routed_experts_start_len=1,
+        data_parallel_rank=2,
         sampling_params={"temperature": 0.5, "top_k": 3, "stop_token_ids": [4], "ignore_eos": True},
     ).samples[0]
     bootstrap = Bootstrap("h", 8, (9,))
-    call = parse_generate(encode_leg(sample, rid="leg", bootstrap=bootstrap, stream=False))
+    call = parse_generate(encode_leg(sample, "decode", rid="leg", bootstrap=bootstrap, stream=False))
     (leg,) = call.samples
     assert not call.is_list
     assert (leg.rid, leg.bootstrap, leg.input_ids) == ("leg", bootstrap, (1, 2))
     assert leg.options.sampling == sample.options.sampling
     assert leg.options == msgspec.structs.replace(sample.options, routed_experts_dtype="auto")
+    (leg,) = parse_generate(encode_leg(sample, "prefill", rid="leg", bootstrap=bootstrap, stream=False)).samples
+    assert leg.options.data_parallel_rank is None
 
 
 def test_a_stream_event():

@@ -451,7 +451,8 @@ class Sleepers:
     def pid(self, name: str) -> int:
         return self.processes[name].pid
 
-    engine_pid = pid
+    def engine_pids(self, name: str) -> list[int]:
+        return [self.pid(name)]
 
     def num_starts(self, name: str) -> int:
         return 1

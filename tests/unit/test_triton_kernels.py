@@ -9,7 +9,25 @@ from pathlib import Path
 import pytest
 
 TRITON = Path(__file__).parents[2] / ".cache" / "triton"
-CHECKS = ("add_norm", "norm_rotate_store", "few_tokens", "single_tokens", "many_tokens", "ties", "draw")
+CHECKS = (
+    "add_norm",
+    "norm_rotate_store",
+    "few_tokens",
+    "single_tokens",
+    "many_tokens",
+    "choose",
+    "add_up",
+    "place",
+    "nowhere",
+    "run_experts_single",
+    "run_experts_few",
+    "run_experts_many",
+    "fp8_single",
+    "fp8_few",
+    "fp8_many",
+    "ties",
+    "draw",
+)
 
 
 @pytest.fixture(scope="module")

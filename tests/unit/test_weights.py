@@ -2,14 +2,20 @@
 
 import json
 import logging
+import os
+import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
@@ -19,6 +25,9 @@ from common.kernels.torch_kernels import TorchKernels
 from common.models.config import Fp8Config, load_model_config, resolve_checkpoint
 from common.models.qwen3_moe import Qwen3Moe
 from common.models.registry import build_model
+from common.models.weight_table import Fused, Target, WeightTable, columns_of, rows_of, whole
+from common.models.weights import fill_randomly, load_weights
+from common.ranks import Span
 from tests.support.checkpoints import SHAPES, edit_config, edit_tensors, make_checkpoint
 
 CPU = torch.device("cpu")
@@ -179,7 +188,7 @@ def test_head_of_a_tied_model_is_tolerated_and_not_read(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["mixed"], tmp_path / "tied")
     edit_tensors(folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(1000, 48)}))
     model = load(folder)
-    assert model.lm_head_VD is model.embed_VD
+    assert model.lm_head_VD.data_ptr() == model.embed_VD.data_ptr()
     assert_equal_weights(model, load(checkpoints["mixed"]))
 
 
@@ -204,6 +213,290 @@ def test_dummy_weights_repeat_themselves_and_need_no_file(folder, dtype):
     )
     assert not torch.equal(matrices[1], matrices[1].roll(1, 0))
     assert not torch.equal(first.layers[0].attention.qkv, first.layers[1].attention.qkv)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Sizes of a checkpoint that has each kind of tensor once."""
+
+    hidden: int
+    rows: tuple[int, int]
+    columns: int
+    vocab: int
+    experts: int
+    width: int
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The checkpoint."""
+        shapes = {name: target.shape for name, target in self.table(Held.all_of(self)).targets.items()}
+        return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    def table(self, held: "Held", dtype: torch.dtype = torch.float32) -> WeightTable:
+        """The table of a rank, with parameters that are NaN."""
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.full(shape, torch.nan, dtype=dtype)
+
+        num_rows = sum(map(len, held.rows))
+        targets = {
+            **rows_of(["embed"], empty(len(held.vocab) + 2, self.hidden), [self.vocab], [held.vocab]),
+            **rows_of(["q", "k"], empty(num_rows, self.hidden), self.rows, held.rows),
+            **rows_of(["q_bias", "k_bias"], empty(num_rows), self.rows, held.rows),
+            "out": columns_of(empty(self.hidden, len(held.columns)), self.columns, held.columns),
+            "norm": whole(empty(self.hidden)),
+        }
+        gate_up = empty(len(held.experts), 2 * len(held.width), self.hidden)
+        down = empty(len(held.experts), self.hidden, len(held.width))
+        places: dict[str, tuple[int, int]] = {}
+        for expert in range(self.experts):
+            names = [f"gate.{expert}", f"up.{expert}"]
+            places |= {names[0]: (expert, 0), names[1]: (expert, self.width)}
+            if held.experts.start <= expert < held.experts.stop:
+                at = expert - held.experts.start
+                targets |= rows_of(names, gate_up[at], [self.width] * 2, [held.width] * 2)
+                targets[f"down.{expert}"] = columns_of(down[at], self.width, held.width)
+            else:
+                targets |= {name: Target((self.width, self.hidden)) for name in names}
+                targets[f"down.{expert}"] = Target((self.hidden, self.width))
+        fused = {
+            "gate_up": Fused((self.experts, 2 * self.width, self.hidden), places),
+            "down": Fused(
+                (self.experts, self.hidden, self.width),
+                {f"down.{expert}": (expert, 0) for expert in range(self.experts)},
+            ),
+        }
+        return WeightTable(targets, fused)
+
+    def fused(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same checkpoint with its experts in two tensors."""
+        gate, up, down = (
+            torch.stack([tensors[f"{part}.{expert}"] for expert in range(self.experts)])
+            for part in ("gate", "up", "down")
+        )
+        others = {name: tensor for name, tensor in tensors.items() if "." not in name}
+        return others | {"gate_up": torch.cat((gate, up), dim=1), "down": down}
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds of a toy."""
+
+    rows: tuple[Span, Span]
+    columns: Span
+    vocab: Span
+    experts: Span
+    width: Span
+
+    @classmethod
+    def all_of(cls, toy: Toy) -> "Held":
+        [held] = split(toy, 1, ep=False, cut=even)
+        return held
+
+
+Cut = Callable[[int, int], list[Span]]
+
+
+def even(size: int, num_ranks: int) -> list[Span]:
+    return [Span(size * rank // num_ranks, size * (rank + 1) // num_ranks) for rank in range(num_ranks)]
+
+
+def split(toy: Toy, num_ranks: int, *, ep: bool, cut: Cut) -> list[Held]:
+    """Cut a toy for the ranks: whole experts with `ep`, otherwise a part of each."""
+    every = [*zip(*(cut(size, num_ranks) for size in toy.rows), strict=True)]
+    experts, width = [[Span(0, size)] * num_ranks for size in (toy.experts, toy.width)]
+    if ep:
+        experts = cut(toy.experts, num_ranks)
+    else:
+        width = cut(toy.width, num_ranks)
+    columns, vocab = cut(toy.columns, num_ranks), cut(toy.vocab, num_ranks)
+    return [Held(*parts) for parts in zip(every, columns, vocab, experts, width, strict=True)]
+
+
+def joined(tables: list[WeightTable]) -> dict[str, torch.Tensor]:
+    """Every tensor from the parts of all ranks."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name in tables[0].targets:
+        views = [view for table in tables if (view := table.targets[name].view) is not None]
+        if name == "norm":
+            assert all(torch.equal(view, views[0]) or view.isnan().all() for view in views)
+            views = views[:1]
+        tensors[name] = torch.cat(views, dim=1 if name == "out" or name.startswith("down") else 0)
+    return tensors
+
+
+@pytest.fixture(params=range(12))
+def ranks(request) -> tuple[Toy, list[Held]]:
+    """A toy of random sizes, cut at random for some ranks; parts may be empty."""
+    rng = random.Random(request.param)
+
+    def cut(size: int, num_ranks: int) -> list[Span]:
+        bounds = [0, *sorted(rng.randint(0, size) for _ in range(num_ranks - 1)), size]
+        return [Span(start, stop) for start, stop in pairwise(bounds)]
+
+    sizes = [rng.randint(1, 20) for _ in range(7)]
+    toy = Toy(sizes[0], (sizes[1], sizes[2]), *sizes[3:])
+    return toy, split(toy, rng.randint(1, 5), ep=request.param % 2 == 0, cut=cut)
+
+
+@pytest.mark.parametrize("spelling", ["one by one", "fused"])
+def test_parts_of_all_ranks_are_the_file(ranks, tmp_path, spelling):
+    toy, helds = ranks
+    tensors = toy.tensors()
+    save_file(tensors if spelling == "one by one" else toy.fused(tensors), tmp_path / "model.safetensors")
+    tables = [toy.table(held) for held in helds]
+    for table in tables:
+        load_weights(table, tmp_path)
+    ours = joined(tables)
+    assert ours.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+def test_rows_that_no_tensor_covers_are_left_alone(tmp_path):
+    toy = Toy(4, (4, 4), 4, 8, 2, 4)
+    save_file(toy.tensors(), tmp_path / "model.safetensors")
+    parameter = torch.full((6, 4), 7.0)
+    table = toy.table(Held.all_of(toy))
+    load_weights(
+        WeightTable({**table.targets, **rows_of(["embed"], parameter, [8], [Span(4, 8)])}, table.fused), tmp_path
+    )
+    assert torch.equal(parameter[:4], load_file(tmp_path / "model.safetensors")["embed"][4:])
+    assert (parameter[4:] == 7).all()
+
+
+@pytest.mark.parametrize("shape_view_origin", [((4, 4), (3, 4), (2, 0)), ((4,), (5,), ()), ((4, 4), (4,), ())])
+def test_view_that_sticks_out_of_its_tensor_is_refused(shape_view_origin):
+    shape, view, origin = shape_view_origin
+    with pytest.raises(AssertionError):
+        Target(shape, torch.zeros(view), origin)
+
+
+@pytest.mark.parametrize("spelling", ["one by one", "fused"])
+@pytest.mark.parametrize("ep", [False, True])
+def test_ranks_read_what_they_hold_and_no_more(tmp_path, monkeypatch, spelling, ep):
+    read_bytes = 0
+
+    class Counting:
+        """An open file that only gives slices; no whole tensor can be asked of it."""
+
+        def __init__(self, path: Path, **options: Any) -> None:
+            self._open = safe_open(path, **options)
+
+        def __enter__(self) -> "Counting":
+            self._file = self._open.__enter__()
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._open.__exit__(*error)
+
+        def keys(self) -> list[str]:
+            return self._file.keys()
+
+        def get_slice(self, name: str) -> "CountingSlice":
+            return CountingSlice(self._file.get_slice(name))
+
+    class CountingSlice:
+        def __init__(self, stored: Any) -> None:
+            self._stored = stored
+            self.get_shape, self.get_dtype = stored.get_shape, stored.get_dtype
+
+        def __getitem__(self, part: tuple[slice, ...]) -> torch.Tensor:
+            nonlocal read_bytes
+            tensor = self._stored[part]
+            read_bytes += tensor.nbytes
+            return tensor
+
+    toy = Toy(8, (16, 8), 16, 32, 8, 12)
+    tensors = toy.tensors()
+    save_file(tensors if spelling == "one by one" else toy.fused(tensors), tmp_path / "model.safetensors")
+    monkeypatch.setattr("common.models.weights.safe_open", Counting)
+    split_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if name != "norm")
+    for held in split(toy, 4, ep=ep, cut=even):
+        read_bytes = 0
+        load_weights(toy.table(held), tmp_path)
+        assert read_bytes == split_bytes / 4 + tensors["norm"].nbytes
+
+
+def replaced(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]], object]:
+    return lambda tensors: tensors.update({name: tensor})
+
+
+@pytest.mark.parametrize("spelling", ["one by one", "fused"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_refuses_what_is_wrong_with_any_tensor(tmp_path, rank, spelling):
+    """The spoiled ones are the last expert's, or the experts' of both; without `ep` it is in a part that rank 0 has not."""
+    toy = Toy(8, (16, 8), 16, 32, 4, 12)
+    last, shape = ("down.3", (8, 12)) if spelling == "one by one" else ("down", (4, 8, 12))
+    wider = (*shape[:-1], 13)
+    spoilings = [
+        (lambda tensors: tensors.pop(last), rf"lacks .*{last}"),
+        (replaced("down.4", torch.ones(8, 12)), r"unknown tensor down\.4"),
+        (replaced(last, torch.ones(wider)), rf"{last} has shape .*13\] where"),
+        (replaced(last, torch.ones(shape, dtype=torch.int8)), rf"{last} has type I8"),
+    ]
+    for ep in (True, False):
+        held = split(toy, 2, ep=ep, cut=even)[rank]
+        for spoil, message in spoilings:
+            tensors = toy.tensors()
+            tensors = tensors if spelling == "one by one" else toy.fused(tensors)
+            spoil(tensors)
+            save_file(tensors, tmp_path / "model.safetensors")
+            with pytest.raises(CheckpointError, match=message):
+                load_weights(toy.table(held), tmp_path)
+
+
+def test_conversion_is_logged_by_the_ranks_that_hold_the_tensor(tmp_path, caplog):
+    toy = Toy(8, (16, 8), 16, 32, 4, 12)
+    tensors = toy.tensors()
+    save_file(tensors | {"down.3": tensors["down.3"].bfloat16()}, tmp_path / "model.safetensors")
+    warnings = []
+    for held in split(toy, 2, ep=True, cut=even):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            load_weights(toy.table(held), tmp_path)
+        warnings.append(caplog.text)
+    assert warnings[0] == ""
+    assert "1 tensors are converted" in warnings[1]
+    assert "down.3 from BF16" in warnings[1]
+
+
+@pytest.mark.parametrize("ep", [False, True])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dummy_weights_of_all_ranks_are_one_model(num_ranks, ep, dtype):
+    toy = Toy(32, (16, 8), 16, 30, 8, 12)
+    alone = toy.table(Held.all_of(toy), dtype)
+    tables = [toy.table(held, dtype) for held in split(toy, num_ranks, ep=ep, cut=even)]
+    for table in (alone, *tables):
+        fill_randomly(table, CPU)
+    ours, theirs = joined(tables), joined([alone])
+    for name, tensor in theirs.items():
+        if tensor.dim() == 1:
+            assert tensor.isnan().all(), name
+            assert ours[name].isnan().all(), name
+        else:
+            assert torch.equal(ours[name], tensor), name
+            assert tensor.float().std() == pytest.approx(tensor.shape[1] ** -0.5, rel=0.3), name
+    matrices = [tensor for tensor in theirs.values() if tensor.dim() == 2]
+    assert len({tuple(matrix.flatten()[:8].tolist()) for matrix in matrices}) == len(matrices)
+
+
+def test_dummy_weights_are_those_of_any_other_process():
+    """Whatever Python's hashes of names are there, and whatever was filled before."""
+    program = (
+        "import torch; from common.models.weight_table import *; from common.models.weights import *;"
+        "views = {name: torch.empty(5, 3) for name in ('other', 'embed')};"
+        "fill_randomly(WeightTable({name: whole(view) for name, view in views.items()}), torch.device('cpu'));"
+        "print(views['embed'].tolist())"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "3"}
+    there = subprocess.check_output([sys.executable, "-c", program], cwd=Path(__file__).parents[2], env=environment)
+    here = torch.empty(5, 3)
+    fill_randomly(WeightTable({"embed": whole(here)}), CPU)
+    assert here.tolist() == json.loads(there)
 
 
 # ------------------------------------------------------------------------------------------------ config

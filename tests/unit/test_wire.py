@@ -39,6 +39,7 @@ from common.messages import (
     KvRequest,
     PageCounts,
     PoolInfo,
+    PoolPart,
     PrefillToDecode,
     ProcessMark,
     RequestOptions,
@@ -60,10 +61,25 @@ OPTIONS = RequestOptions(
     routed_experts_start_len=4,
     routed_experts_dtype="auto",
 )
-POOL = PoolInfo(
-    base_address=2**63, num_pages=4, page_bytes=8, page_size=2, device_id=1, memory="VRAM", layout="page[head=2]"
-)
 MARK = ProcessMark(boot_id="b", network_namespace=4, pid_namespace=1, pid=2, started_ticks=3)
+PART = PoolPart(
+    agent="decode-1",
+    agent_metadata=b"\x00\xff",
+    process=MARK,
+    base_address=2**63,
+    device_id=1,
+    first_head=0,
+    num_heads=2,
+)
+POOL = PoolInfo(
+    num_pages=4,
+    page_size=2,
+    memory="VRAM",
+    layout="page[head=2]",
+    num_kv_heads=2,
+    head_bytes=4,
+    parts=(PART, PART),
+)
 ERROR = ErrorReport(status=502, message="nö", code="leg_failed", leg="decode", stage="transfer", rid="r")
 
 TO_ENGINE: list[FrontendToEngine] = [
@@ -126,13 +142,13 @@ TO_FRONTEND: list[EngineToFrontend] = [
     CacheFlushed(8, "1 requests are running"),
 ]
 TO_PREFILL: list[DecodeToPrefill] = [
-    Hello(peer="decode-1", process=MARK, protocol=1, agent_metadata=b"\x00\xff", pool=POOL, weight_version="w"),
+    Hello(peer="decode-1", protocol=1, pool=POOL, weight_version="w"),
     Heartbeat([1, 2**63 - 1]),
     KvRequest(to="p", room=2**63 - 1, generation=1, pages=[3, 1], prompt_tokens=5, prompt_digest=b"\x01" * 16),
     KvAbort(to="p", room=5, generation=2),
 ]
 TO_DECODE: list[PrefillToDecode] = [
-    HelloReply(peer="prefill-1", process=MARK, refusal="layouts differ"),
+    HelloReply(peer="prefill-1", processes=(MARK, MARK), dp=2, refusal="layouts differ"),
     HeartbeatReply("prefill-1", is_paired=True),
     KvDone(
         room=1,
@@ -157,10 +173,10 @@ GARBAGE: list[bytes] = [
     # No UTF-8 where a string belongs, and nesting without an end: msgspec has other errors for these.
     msgspec.msgpack.encode(Abort("abc")).replace(b"abc", b"\xff\xfe\xfd"),
     msgspec.msgpack.encode(Failed("abc", ERROR)).replace(b"abc", b"\xff\xfe\xfd"),
-    msgspec.msgpack.encode(HelloReply(peer="abc", process=MARK)).replace(b"abc", b"\xff\xfe\xfd"),
-    msgspec.msgpack.encode(
-        Hello(peer="abc", process=MARK, protocol=1, agent_metadata=b"", pool=POOL, weight_version="")
-    ).replace(b"abc", b"\xff\xfe\xfd"),
+    msgspec.msgpack.encode(HelloReply(peer="abc", processes=(MARK,))).replace(b"abc", b"\xff\xfe\xfd"),
+    msgspec.msgpack.encode(Hello(peer="abc", protocol=1, pool=POOL, weight_version="")).replace(
+        b"abc", b"\xff\xfe\xfd"
+    ),
     *(
         bytes([0x82])
         + msgspec.msgpack.encode("type")

@@ -71,6 +71,53 @@ def _add_norm(
     tl.store(normed + token * D + columns, (value * scale * weights).to(normed.dtype.element_ty), mask=is_column)
 
 
+def add_up(delta_TKD: torch.Tensor, ids_TK: torch.Tensor | None = None) -> torch.Tensor:
+    """Add up over K in float32 and round once; returns `[T, D]`.
+
+    With `ids_TK` (int32), only what has an id of 0 or more is read: zeros where nothing has.
+    """
+    total, top_k, hidden_size = delta_TKD.shape
+    sum_TD = delta_TKD.new_empty((total, hidden_size))
+    _add_up[(total,)](
+        delta_TKD,
+        ids_TK,
+        sum_TD,
+        D=hidden_size,
+        D_BLOCK=triton.next_power_of_2(hidden_size),
+        K=top_k,
+        HAS_IDS=ids_TK is not None,
+        num_warps=4,
+        **overlapped(),
+    )
+    return sum_TD
+
+
+@triton.jit
+def _add_up(
+    delta,
+    ids,
+    sums,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, D_BLOCK)
+    is_column = columns < D
+    total = tl.zeros([D_BLOCK], dtype=tl.float32)
+    for k in tl.static_range(K):
+        is_read = is_column
+        if HAS_IDS:
+            is_read = columns < tl.where(tl.load(ids + token * K + k) >= 0, D, 0)
+        total += tl.load(delta + (token * K + k) * D + columns, mask=is_read, other=0.0).to(tl.float32)
+    tl.store(sums + token * D + columns, total.to(sums.dtype.element_ty), mask=is_column)
+
+
 def norm_rotate_store(
     qkv: torch.Tensor,
     q_norm_d: torch.Tensor,

@@ -25,7 +25,8 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from common.config import EngineOptions, ModelOptions, option, parse_config
-from common.engine.engine import Engine, build_engine
+from common.engine.build import build_engine
+from common.engine.engine import Engine
 from common.messages import Generate, RequestOptions, SamplingParams
 from common.observability.logging import configure_logging
 from deploy.bench.figures import Figure

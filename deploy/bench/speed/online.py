@@ -55,6 +55,7 @@ from deploy.bench.speed.workloads import (
     workload_of,
 )
 from deploy.demo import demo_checkpoint
+from deploy.launch_options import split_flags
 from deploy.stack import StackError, running_stack
 
 _NAME = "online"
@@ -100,7 +101,7 @@ class OnlineConfig(Struct, frozen=True):
 
 def main(argv: list[str]) -> int:
     """Run the workloads; returns the exit code, 1 if one could not be run or a row was bad. Raises UsageError."""
-    own, up = _split(argv)
+    own, up = split_flags(argv)
     options = parse_config(
         OnlineConfig,
         own,
@@ -253,11 +254,3 @@ def _described(url: str, options: OnlineOptions, target: Target, model: str) -> 
 
 def _num_processes(options: OnlineOptions) -> int:
     return options.processes or max(1, min(_MOST_PROCESSES, (os.cpu_count() or 1) // 2))
-
-
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """What stands before `--` and what stands behind."""
-    if "--" not in argv:
-        return argv, []
-    at = argv.index("--")
-    return argv[:at], argv[at + 1 :]

@@ -1,7 +1,8 @@
 """The model that the targets are about, without its weights: a folder of config and tokenizer for `--load-format dummy`.
 
 `python -m deploy.bench shape FOLDER` writes it for other commands; `--model qwen3-30b-a3b-shape` of the speed benchmarks
-makes one in the cache. The tokenizer is the demo model's, so only ids below its own vocabulary have a text.
+makes one in the cache, and `--model qwen3-30b-a3b-fp8-shape` one of its FP8 checkpoint. The tokenizer is the demo model's,
+so only ids below its own vocabulary have a text.
 
 Neighbours: `deploy.demo_model` (the tokenizer), `offline` and `online` (use it).
 """
@@ -18,6 +19,7 @@ from deploy.demo import REPOSITORY
 from deploy.demo_model import train_tokenizer
 
 SHAPE_NAME: Final = "qwen3-30b-a3b-shape"
+FP8_SHAPE_NAME: Final = "qwen3-30b-a3b-fp8-shape"
 
 CONFIG: Final[dict[str, Any]] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -44,6 +46,15 @@ CONFIG: Final[dict[str, Any]] = {
     "torch_dtype": "bfloat16",
     "eos_token_id": 1,
 }
+_FP8: Final = {
+    "quantization_config": {
+        "activation_scheme": "dynamic",
+        "fmt": "e4m3",
+        "quant_method": "fp8",
+        "weight_block_size": [128, 128],
+    }
+}
+_CONFIGS: Final = {SHAPE_NAME: CONFIG, FP8_SHAPE_NAME: CONFIG | _FP8}
 
 
 def main(argv: list[str]) -> int:
@@ -59,21 +70,21 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def write_shape(folder: Path) -> None:
+def write_shape(folder: Path, config: dict[str, Any] = CONFIG) -> None:
     """Write config.json and the tokenizer's files into `folder`, made if it is missing."""
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer().save_pretrained(folder)
     # Last, since it is what tells others that there is a model; and whole or not at all.
     with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(CONFIG), indent=2))
+        file.write(msgspec.json.format(msgspec.json.encode(config), indent=2))
     Path(file.name).chmod(0o644)
     Path(file.name).rename(folder / "config.json")
 
 
 def resolve_model(model: str) -> str:
-    """Give the folder of the shape for its name, written if it is not there, and any other model as it is."""
-    if model != SHAPE_NAME:
+    """Give the folder of a shape for its name, written if it is not there, and any other model as it is."""
+    if model not in _CONFIGS:
         return model
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or REPOSITORY / ".cache") / "tandem" / SHAPE_NAME
-    write_shape(folder)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or REPOSITORY / ".cache") / "tandem" / model
+    write_shape(folder, _CONFIGS[model])
     return str(folder)

@@ -1,0 +1,204 @@
+"""The ranks of an attention group that do not lead: they run what the leader runs, on their own part of the model and of the KV.
+
+The leader tells them, in order, of everything that touches the device: each step's layout, and pages that are copied or swapped.
+They know no request, keep no rows and answer nothing. The order of the messages is the order of the leader's launches, so the
+ranks meet inside the same collectives.
+
+    leader: Engine --Followers--> RankLink --> follow(): follower
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from msgspec import Struct
+
+from common.engine.device import Device, HostCopies
+from common.engine.forward_pass import ForwardPass
+from common.engine.host_pages import HostPages
+from common.engine.lockstep import StepShape
+from common.engine.step_layout import ScoredLayout, StepLayout, split_ints
+from common.kernels.attention import AttentionPlan
+from common.memory.kv_pool import KvPool
+
+_MAX_IN_FLIGHT = 2
+_WAIT_S = 1.0
+
+
+class RunStep(Struct, frozen=True, tag=True, kw_only=True):
+    """A step's layout and shape; arrays as little-endian bytes."""
+
+    num_tokens: int
+    num_draws: int
+    ints: bytes
+    params: bytes
+    query_starts: bytes
+    context_tokens: bytes
+    page_starts: bytes
+    pages: bytes
+    scored: bytes | None
+    group_tokens: tuple[int, ...]
+    all_fit_graph: bool
+
+
+class CopyPage(Struct, frozen=True, tag=True):
+    """`KvPool.copy`."""
+
+    page: int
+    copies: list[int]
+
+
+class StashPages(Struct, frozen=True, tag=True):
+    """`HostPages.stash`."""
+
+    key: int
+    pages: list[int]
+
+
+class RestorePages(Struct, frozen=True, tag=True):
+    """`HostPages.restore`."""
+
+    key: int
+    pages: list[int]
+
+
+class DropPages(Struct, frozen=True, tag=True):
+    """`HostPages.drop`."""
+
+    key: int
+
+
+class End(Struct, frozen=True, tag=True):
+    """The leader has ended."""
+
+
+ToFollower = RunStep | CopyPage | StashPages | RestorePages | DropPages | End
+
+
+class LeaderLink(Protocol):
+    """The way to the followers; `common.wire.RankLink` is the real one."""
+
+    def send(self, rank: int, message: ToFollower) -> None:
+        """Queue a message; never blocks."""
+
+
+class FollowerLink(Protocol):
+    """The way from the leader; `common.wire.RankLink` is the real one."""
+
+    def receive(self) -> list[ToFollower]:
+        """All messages that are here."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a message is here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Followers:
+    """The leader's word to the followers of its group; says nothing if there are none."""
+
+    ranks: range = range(0)
+    link: LeaderLink | None = None
+
+    def tell(self, message: ToFollower) -> None:
+        """Queue a message to each."""
+        if self.link is not None:
+            for rank in self.ranks:
+                self.link.send(rank, message)
+
+    def run(self, layout: StepLayout, shape: StepShape) -> None:
+        """Have them launch a step."""
+        if self.link is not None:
+            self.tell(_message_of(layout, shape))
+
+
+def follow(forward: ForwardPass, device: Device, link: FollowerLink, check: Callable[[], None]) -> None:
+    """Do what the leader says until it ends. `check` raises what is wrong elsewhere in this process, now and then."""
+    host_pages = HostPages(forward.kv_pool)
+    in_flight: deque[HostCopies] = deque()
+    while True:
+        for message in link.receive():
+            match message:
+                case RunStep():
+                    in_flight.append(_run(message, forward, device))
+                    if len(in_flight) == _MAX_IN_FLIGHT:
+                        in_flight.popleft().wait()
+                case End():
+                    return
+                case _:
+                    apply(message, forward.kv_pool, host_pages)
+        check()
+        link.wait(_WAIT_S)
+
+
+def apply(message: CopyPage | StashPages | RestorePages | DropPages, kv_pool: KvPool, host_pages: HostPages) -> None:
+    """Copy, swap out, swap in or drop pages, in the leader as in its followers."""
+    match message:
+        case CopyPage():
+            kv_pool.copy(message.page, message.copies)
+        case StashPages():
+            host_pages.stash(message.key, message.pages)
+        case RestorePages():
+            host_pages.restore(message.key, message.pages)
+        case DropPages():
+            host_pages.drop(message.key)
+
+
+@torch.inference_mode()
+def _run(message: RunStep, forward: ForwardPass, device: Device) -> HostCopies:
+    staging = device.begin_step()
+    shape = StepShape(message.group_tokens, message.all_fit_graph)
+    batch, hidden_TD = forward.run(_layout_of(message), shape, staging)
+    if batch.sampling is not None:
+        forward.logits(hidden_TD[batch.draws.last_tokens])
+        forward.keep_draws(batch, torch.empty_like(batch.draws.rows))
+    if batch.scored is not None:
+        for _ in forward.scored_logits(batch.scored, hidden_TD):
+            pass
+    # Nothing is wanted on the host but to know when the step is over, and its staging free.
+    return staging.copy_to_host({"end": hidden_TD.new_zeros(1, dtype=torch.float32)})
+
+
+def _message_of(layout: StepLayout, shape: StepShape) -> RunStep:
+    attention = layout.attention
+    return RunStep(
+        num_tokens=layout.num_tokens,
+        num_draws=layout.num_draws,
+        ints=layout.ints.tobytes(),
+        params=layout.params_3S.tobytes(),
+        query_starts=attention.query_starts.tobytes(),
+        context_tokens=attention.context_tokens.tobytes(),
+        page_starts=attention.page_starts.tobytes(),
+        pages=attention.pages.tobytes(),
+        scored=None if layout.scored is None else layout.scored.ints_2N.tobytes(),
+        group_tokens=shape.group_tokens,
+        all_fit_graph=shape.all_fit_graph,
+    )
+
+
+def _layout_of(message: RunStep) -> StepLayout:
+    """The layout as far as the forward pass and the logits need it; what only sampling asks for is left out."""
+    ints = np.frombuffer(message.ints, dtype=np.int64)
+    tokens, draws = split_ints(ints, message.num_tokens, message.num_draws)
+    params_3S = np.frombuffer(message.params, dtype=np.float32).reshape(3, message.num_draws)
+    arrays = (message.query_starts, message.context_tokens, message.page_starts, message.pages)
+    scored = None
+    if message.scored is not None:
+        ints_2N = np.frombuffer(message.scored, dtype=np.int64).reshape(2, -1)
+        scored = ScoredLayout(ints_2N=ints_2N, top_count=0, counts=())
+    return StepLayout(
+        ints=ints,
+        tokens=tokens,
+        draws=draws,
+        params_3S=params_3S,
+        attention=AttentionPlan(*(np.frombuffer(array, dtype=np.int32) for array in arrays)),
+        draw_entries=np.zeros(0, dtype=np.int64),
+        all_known=False,
+        all_greedy=False,
+        any_filtered=False,
+        any_logit_changes=False,
+        top_count=0,
+        scored=scored,
+    )
