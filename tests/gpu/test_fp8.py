@@ -29,8 +29,8 @@ pytestmark = [
 
 BF16 = torch.bfloat16
 TWIN_ERROR = 0.02
-"""Relative; 0.008 to 0.0135 was seen. The tensor cores add up float8 products less exactly than float32 does, and an inner value that
-differs in its last bits may be rounded to the next float8 number, a sixteenth away."""
+"""Relative; 0.008 to 0.0135 was seen. The tensor cores add up float8 products less exactly than float32 does, and an inner value
+that differs in its last bits may be rounded to the next float8 number, a sixteenth away."""
 FP8_ERROR = 0.07
 """Of sums of independent numbers, relative: rounding costs 0.03 at most, and `silu(gate) * up` meets it twice, its product once."""
 SIZES = [1, 2, 3, 16, 64, 129, 256, 300, 700, 2048]
