@@ -103,10 +103,18 @@ class Loop:
             plan = _NOTHING
         if plan is not None:
             self._launch(plan)
-        if self._in_flight and (plan is None or len(self._in_flight) >= self._depth):
+        if len(self._in_flight) >= self._depth or (plan is None and self._awaits_results):
             self._settle(*self._in_flight.popleft())
             return True
         return plan is not None
+
+    @property
+    def _awaits_results(self) -> bool:
+        """Whether a step in flight is anybody's.
+
+        One for other groups' sake must not be waited for: they may be calling for the next.
+        """
+        return any(plan.entries for plan, _ in self._in_flight)
 
     def _launch(self, plan: StepPlan) -> None:
         try:

@@ -93,7 +93,11 @@ def open_rank_groups(
     def open_one(name: str, index: int, count: int) -> RankGroup | None:
         if count == 1:
             return None
-        return RankGroup(dist.ProcessGroupGloo(PrefixStore(name, store), index, count, _TIMEOUT), count, index)
+        options: Any = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        # All ranks of a worker are on this host, whatever its name may resolve to.
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = _TIMEOUT
+        return RankGroup(dist.ProcessGroupGloo(PrefixStore(name, store), index, count, options), count, index)
 
     return (
         open_one("all", rank.index, rank.of.tp),

@@ -262,6 +262,25 @@ def test_an_idle_group_joins_the_others_with_an_empty_plan():
     assert fake.calls[-2:] == ["settle", "on_settled"]
 
 
+def test_a_step_for_others_is_not_waited_for():
+    """While the device runs it, the others may want the next one: to wait for it would undo their overlap."""
+
+    class Idle(Fake):
+        def plan(self) -> None:
+            """There is nothing to run."""
+
+    fake: Any = Idle()
+    fake.is_called = True
+    loop = Loop(fake, fake, overlap=True)
+    assert loop.turn()
+    fake.is_called = False
+    assert not loop.turn(), "it may sleep until it is called again"
+    assert "settle" not in fake.calls
+    fake.is_called = True
+    assert loop.turn()
+    assert fake.calls.count("settle") == 1, "no more than two are ever in flight"
+
+
 @pytest.mark.parametrize("name", ["plan", "on_settled", "on_failed"])
 def test_a_defect_of_the_bookkeeping_ends_the_process(name: str):
     faults = {"settle": ValueError("step")} if name == "on_failed" else {}
