@@ -76,16 +76,17 @@ class Lockstep:
 
     def meet(self, num_tokens: int, *, fits_graph: bool) -> StepShape:
         """Announce what this group brings to the next step, and wait until all others have. Raises GroupLeft."""
+        if self._link is None:
+            return StepShape((num_tokens,), fits_graph)
         own = Share(self._step, self._group, num_tokens, fits_graph)
         shares = self._shares[self._step]
         shares[self._group] = own
-        if self._link is not None:
-            self._tell(own)
-            while len(shares) < self._num_groups:
-                if self._has_left:
-                    raise GroupLeft("another attention group of this worker has ended")
-                self._link.wait(_WAIT_S)
-                self._take_in()
+        self._tell(own)
+        while len(shares) < self._num_groups:
+            if self._has_left:
+                raise GroupLeft("another attention group of this worker has ended")
+            self._link.wait(_WAIT_S)
+            self._take_in()
         del self._shares[self._step]
         self._step += 1
         return StepShape(

@@ -54,6 +54,8 @@ class Qwen3Moe(nn.Module):
         )
         self.norm_D = make.norm(config.hidden_size)
         self.vocabulary = collectives.rank.vocabulary(config.vocab_size)
+        # Where it does not come out even, the last ranks of a group have less than the first.
+        self.missing_vocabulary = len(collectives.rank.of.rank(0).vocabulary(config.vocab_size)) - len(self.vocabulary)
         if config.tie_word_embeddings:
             self.lm_head_VD: torch.Tensor = self.embed_VD[self.vocabulary.start : self.vocabulary.stop]
         else:
@@ -76,9 +78,8 @@ class Qwen3Moe(nn.Module):
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Project hidden states to logits `[S, V]` in the model's dtype, on every rank of the group."""
         logits_SV = F.linear(hidden_SD, self.lm_head_VD)
-        # Where the vocabulary does not come out even, the last ranks have less than the first.
-        widest = len(self.collectives.rank.of.rank(0).vocabulary(self.config.vocab_size))
-        logits_SV = F.pad(logits_SV, (0, widest - len(self.vocabulary)))
+        if self.missing_vocabulary:
+            logits_SV = F.pad(logits_SV, (0, self.missing_vocabulary))
         return self.collectives.gather_vocabulary(logits_SV)[:, : self.config.vocab_size].contiguous()
 
     def weight_table(self) -> WeightTable:

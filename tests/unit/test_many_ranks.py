@@ -1,11 +1,13 @@
 """Workers of several ranks, in threads, against transformers: tokens and rows, whatever is split and how."""
 
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from common.engine.build import EngineParts
 from common.engine.fake import RacingDevice, RacingEngine
@@ -14,6 +16,7 @@ from common.messages import RequestOptions
 from common.ranks import Ranks
 from common.scheduling.step_plan import StepPlan
 from tests.support.aggregated import InProcessAggregated, WholeAnswer
+from tests.support.checkpoints import edit_config, edit_tensors
 from tests.support.in_process_pair import options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
@@ -29,6 +32,7 @@ SPLITS = {
     "tp4-dp2": Ranks(tp=4, dp=2),
     "tp4-dp2-ep": Ranks(tp=4, dp=2, ep=True),
 }
+ODD_VOCAB_SIZE = 997
 SOME_SPLITS = ["tp2", "dp2-ep", "tp4-dp2"]
 
 Asked = tuple[list[int], RequestOptions]
@@ -77,6 +81,26 @@ def test_tokens_and_rows(
     judge_all(judge_of(shape), [answer for group in answers for answer in group])
     for leader in worker.leaders.values():
         leader.check_pages()
+
+
+@pytest.mark.parametrize(("shape", "name"), [("plain", "tp2"), ("mixed", "tp4")])
+def test_a_vocabulary_that_does_not_come_out_even(
+    checkpoint_of: Callable[[str], Path], tmp_path: Path, shape: str, name: str
+):
+    """The last rank has a shorter part of the head, tied or not; what fills it up is never drawn."""
+    checkpoint = tmp_path / "odd"
+    shutil.copytree(checkpoint_of(shape), checkpoint)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        tensors |= {name: tensors[name][:ODD_VOCAB_SIZE].clone() for name in names if name in tensors}
+
+    edit_tensors(checkpoint, cut)
+    edit_config(checkpoint, vocab_size=ODD_VOCAB_SIZE)
+    prompts = [[token % ODD_VOCAB_SIZE for token in prompt] for prompt in random_prompts(14, 12, longest=60)]
+    worker = AggregatedRanks(checkpoint, SPLITS[name], tmp_path, parts=racing, chunk_tokens=48, page_size=4)
+    answers = worker.run([[(prompt, greedy(6)) for prompt in prompts]])
+    judge_all(Judge(checkpoint), answers[0])
 
 
 @pytest.mark.parametrize("name", SOME_SPLITS)
