@@ -45,8 +45,9 @@ class Pairs:
         sample, (prefill, decode) = attempt.sample, attempt.runs
         n = sample.options.sampling.n
         bootstrap = _bootstrap(prefill, n)
-        prefill_body = encode_leg(sample, "prefill", rid=attempt.rid, bootstrap=bootstrap, stream=False)
-        decode_body = encode_leg(sample, "decode", rid=attempt.rid, bootstrap=bootstrap, stream=False)
+        prefill_body = decode_body = encode_leg(sample, "prefill", rid=attempt.rid, bootstrap=bootstrap, stream=False)
+        if sample.options.data_parallel_rank is not None:
+            decode_body = encode_leg(sample, "decode", rid=attempt.rid, bootstrap=bootstrap, stream=False)
         prefill.expect("prefill", self._options.prefill_deadline_s)
         async with (
             _running(self._leg(sample, prefill, prefill_body)) as prefill_leg,
