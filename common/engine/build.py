@@ -98,7 +98,8 @@ def build_follower(
 ) -> Follower:
     """Make a follower; its leader is made of the same options. Raises as `build_engine` does."""
     made = _build(model_options, options, chunked_prefill_tokens, mates, parts)
-    return Follower(made.forward, made.device, mates.leader_link())
+    assert mates.leader_link is not None
+    return Follower(made.forward, made.device, mates.leader_link)
 
 
 def _build(

@@ -105,8 +105,10 @@ class Engine:
         self._change_pages(CopyPage(page, copies))
 
     def swap_out(self, key: int, pages: list[int]) -> None:
-        """Copy pages to host memory under a key of the caller's; blocks until the copy is there."""
+        """Copy pages to host memory under a key of the caller's; blocks until the copies of all ranks are there."""
         self._change_pages(StashPages(key, pages))
+        # Whoever gets these pages next may have them written by a peer, in every rank's memory and at any time.
+        self._followers.wait_stashed(key)
 
     def swap_in(self, key: int, pages: list[int]) -> None:
         """Copy what was swapped out back into pages, as many, before whatever is launched next."""

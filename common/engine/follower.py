@@ -2,9 +2,11 @@
 
 The leader tells them, in order, of everything that touches the device: each step's layout, and pages that are copied or swapped.
 They know no request, keep no rows and answer nothing. The order of the messages is the order of the leader's launches, so the
-ranks meet inside the same collectives.
+ranks meet inside the same collectives. One thing they answer: that pages have been copied out, which a peer may write to from then
+on (R11).
 
     leader: Engine --Followers--> RankLink --> follow(): follower
+                              <-- Stashed --
 """
 
 from collections import deque
@@ -75,6 +77,13 @@ class End(Struct, frozen=True, tag=True):
     """The leader has ended."""
 
 
+class Stashed(Struct, frozen=True, tag=True):
+    """A follower has copied the pages of a `StashPages` out of its pool."""
+
+    rank: int
+    key: int
+
+
 ToFollower = RunStep | CopyPage | StashPages | RestorePages | DropPages | End
 
 
@@ -84,9 +93,18 @@ class LeaderLink(Protocol):
     def send(self, rank: int, message: ToFollower) -> None:
         """Queue a message; never blocks."""
 
+    def receive(self) -> list[Stashed]:
+        """All messages that are here."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until a message is here."""
+
 
 class FollowerLink(Protocol):
-    """The way from the leader; `common.wire.RankLink` is the real one."""
+    """The way from the leader and back; `common.wire.RankLink` is the real one."""
+
+    def send(self, rank: int, message: Stashed) -> None:
+        """Queue a message; never blocks."""
 
     def receive(self) -> list[ToFollower]:
         """All messages that are here."""
@@ -107,6 +125,14 @@ class Followers:
         if self.link is not None:
             for rank in self.ranks:
                 self.link.send(rank, message)
+
+    def wait_stashed(self, key: int) -> None:
+        """Wait until each has copied these pages out: a step or two at most, by which a follower is behind."""
+        missing = set(self.ranks) if self.link is not None else set()
+        while missing:
+            assert self.link is not None
+            self.link.wait(_WAIT_S)
+            missing -= {stashed.rank for stashed in self.link.receive() if stashed.key == key}
 
     def run(self, layout: StepLayout, shape: StepShape) -> None:
         """Have them launch a step."""
@@ -129,6 +155,9 @@ def follow(forward: ForwardPass, device: Device, link: FollowerLink, check: Call
                     return
                 case _:
                     apply(message, forward.kv_pool, host_pages)
+                    if isinstance(message, StashPages):
+                        rank = forward.collectives.rank
+                        link.send(rank.of.leader_of(rank.group), Stashed(rank.index, message.key))
         check()
         link.wait(_WAIT_S)
 

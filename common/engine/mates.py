@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from common.engine.follower import FollowerLink, Followers, ToFollower
+from common.engine.follower import Followers, Stashed, ToFollower
 from common.engine.lockstep import Lockstep, Share
 from common.kernels.collectives import Collectives
 from common.ranks import Rank
@@ -26,8 +26,10 @@ class Mates(NamedTuple):
     store: Store | None = None
     lockstep_link: RankLink[Share, Share] | None = None
     """A leader's, to the other groups' leaders; None if there are none."""
-    step_link: RankLink[ToFollower, ToFollower] | None = None
-    """Between a leader and its followers; None if the group has one rank."""
+    step_link: RankLink[Stashed, ToFollower] | None = None
+    """A leader's, to its followers; None if it has none."""
+    leader_link: RankLink[ToFollower, Stashed] | None = None
+    """A follower's, to its leader."""
 
     def collectives(self, device: torch.device) -> Collectives:
         """Meet all the others; blocks until they are there."""
@@ -43,11 +45,6 @@ class Mates(NamedTuple):
         """A leader's word to its followers."""
         return Followers(self.rank.followers, self.step_link)
 
-    def leader_link(self) -> FollowerLink:
-        """A follower's way from its leader."""
-        assert self.step_link is not None
-        return self.step_link
-
     def wake(self, channel: EngineChannel) -> None:
         """Let a leader's loop hear of the other groups' steps while it waits for the frontend."""
         if self.lockstep_link is not None:
@@ -55,12 +52,12 @@ class Mates(NamedTuple):
 
     def wake_follower(self) -> None:
         """Any thread: end a follower's wait for its leader."""
-        if self.step_link is not None:
-            self.step_link.wake()
+        if self.leader_link is not None:
+            self.leader_link.wake()
 
     def close(self) -> None:
         """Send what is queued, and close this rank's ends."""
-        for link in (self.lockstep_link, self.step_link):
+        for link in (self.lockstep_link, self.step_link, self.leader_link):
             if link is not None:
                 link.close()
 
@@ -74,5 +71,6 @@ def find_mates(rank: Rank, folder: str) -> Mates:
         folder=folder,
         store=dist.FileStore(str(Path(folder) / "ranks"), rank.of.tp),  # type: ignore[attr-defined]
         lockstep_link=RankLink(folder, "lockstep", rank.index, Share) if rank.is_leader and rank.of.dp > 1 else None,
-        step_link=RankLink(folder, "steps", rank.index, ToFollower) if rank.of.group_size > 1 else None,
+        step_link=RankLink(folder, "steps", rank.index, Stashed) if rank.followers else None,
+        leader_link=None if rank.is_leader else RankLink(folder, "steps", rank.index, ToFollower),
     )

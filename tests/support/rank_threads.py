@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import EngineOptions, ModelOptions
-from common.engine.build import EngineParts, build_follower
+from common.engine.build import EngineParts, Follower, build_follower
 from common.engine.mates import Mates, find_mates
 from common.messages import RequestOptions
 from common.ranks import Rank, Ranks
@@ -51,6 +51,9 @@ class AggregatedRanks:
         self._checkpoint, self.ranks, self._folder = checkpoint, ranks, folder
         self._parts, self._options = parts, options
         self.leaders: dict[int, InProcessAggregated] = {}
+        """By group."""
+        self.followers: dict[int, Follower] = {}
+        """By rank."""
 
     def run(
         self, requests: Sequence[Sequence[tuple[list[int], RequestOptions]]], *, concurrency: int = 16
@@ -106,4 +109,5 @@ class AggregatedRanks:
         follower = build_follower(
             model, engine_options, chunked_prefill_tokens=chunk_tokens, mates=mates, parts=self._parts()
         )
+        self.followers[mates.rank.index] = follower
         follower.run(lambda: None)

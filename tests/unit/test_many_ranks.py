@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.engine.build import EngineParts
+from common.engine.build import EngineParts, Follower
 from common.engine.fake import RacingDevice, RacingEngine
+from common.engine.follower import Followers, Stashed, StashPages, ToFollower
 from common.engine.step import Launched
 from common.messages import RequestOptions
 from common.ranks import Ranks
@@ -220,3 +221,62 @@ def test_swapped_requests_come_back_whole(
     assert worker.leaders[0].role.stats(0).swaps > 0
     for leader in worker.leaders.values():
         leader.check_pages()
+
+
+class WrittenAtOnce(RacingEngine):
+    """As soon as pages have been swapped out, a peer writes to them, in the memory of every rank."""
+
+    followers: dict[int, Follower]
+
+    def swap_out(self, key: int, pages: list[int]) -> None:
+        super().swap_out(key, pages)
+        for kv_pool in (self.kv_pool, *(follower.forward.kv_pool for follower in self.followers.values())):
+            kv_pool.pages[pages] = torch.nan
+
+
+def test_pages_are_nobody_else_s_until_every_rank_has_swapped_them_out(
+    checkpoint_of: Callable[[str], Path], judge_of: Callable[[str], Judge], tmp_path: Path
+):
+    worker = AggregatedRanks(
+        checkpoint_of("plain"),
+        SPLITS["tp4"],
+        tmp_path,
+        parts=lambda: EngineParts(device=RacingDevice(), engine=WrittenAtOnce),
+        chunk_tokens=32,
+        page_size=4,
+        pool_tokens=200,
+        prefix_cache=False,
+    )
+    WrittenAtOnce.followers = worker.followers
+    [answers] = worker.run([[(prompt, greedy(60)) for prompt in random_prompts(12, 16, longest=30)]])
+    judge_all(judge_of("plain"), answers)
+    assert worker.leaders[0].role.stats(0).swaps > 0
+
+
+class LateFollowers:
+    """Followers that answer one after the other, each after a wait."""
+
+    def __init__(self, key: int) -> None:
+        self.answers = [Stashed(2, key - 1), Stashed(1, key), Stashed(2, key)]
+        self.told: list[int] = []
+        self.here: list[Stashed] = []
+
+    def send(self, rank: int, message: ToFollower) -> None:
+        self.told.append(rank)
+
+    def receive(self) -> list[Stashed]:
+        here, self.here = self.here, []
+        return here
+
+    def wait(self, timeout_s: float) -> None:
+        self.here.append(self.answers.pop(0))
+
+
+def test_a_leader_waits_for_every_follower():
+    link = LateFollowers(7)
+    followers = Followers(range(1, 3), link)
+    followers.tell(StashPages(7, [1, 2]))
+    followers.wait_stashed(7)
+    assert link.told == [1, 2]
+    assert link.answers == []
+    Followers().wait_stashed(7)
