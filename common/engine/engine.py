@@ -108,11 +108,15 @@ class Engine:
         """Copy pages to host memory under a key of the caller's; blocks until the copies of all ranks are there."""
         self._change_pages(StashPages(key, pages))
         # Whoever gets these pages next may have them written by a peer, in every rank's memory and at any time.
-        self._followers.wait_stashed(key)
+        self._followers.wait_moved(key)
 
     def swap_in(self, key: int, pages: list[int]) -> None:
-        """Copy what was swapped out back into pages, as many, before whatever is launched next."""
+        """Copy what was swapped out back into pages, as many; blocks as `swap_out` does.
+
+        Its owner may lose the pages before any step of it has been launched.
+        """
         self._change_pages(RestorePages(key, pages))
+        self._followers.wait_moved(key)
 
     def forget_swapped(self, key: int) -> None:
         """Drop what was swapped out."""

@@ -1,12 +1,12 @@
 """The ranks of an attention group that do not lead: they run what the leader runs, on their own part of the model and of the KV.
 
 The leader tells them, in order, of everything that touches the device: each step's layout, and pages that are copied or swapped.
-They know no request, keep no rows and answer nothing. The order of the messages is the order of the leader's launches, so the
-ranks meet inside the same collectives. One thing they answer: that pages have been copied out, which a peer may write to from then
-on (R11).
+They know no request and keep no rows. The order of the messages is the order of the leader's launches, so the
+ranks meet inside the same collectives. One thing they answer: that pages have been swapped out or in, since a peer may write to
+them as soon as their owner has lost them (R11).
 
     leader: Engine --Followers--> RankLink --> follow(): follower
-                              <-- Stashed --
+                              <-- PagesMoved --
 """
 
 from collections import deque
@@ -77,8 +77,8 @@ class End(Struct, frozen=True, tag=True):
     """The leader has ended."""
 
 
-class Stashed(Struct, frozen=True, tag=True):
-    """A follower has copied the pages of a `StashPages` out of its pool."""
+class PagesMoved(Struct, frozen=True, tag=True):
+    """A follower has done what a `StashPages` or a `RestorePages` asked for."""
 
     rank: int
     key: int
@@ -93,7 +93,7 @@ class LeaderLink(Protocol):
     def send(self, rank: int, message: ToFollower) -> None:
         """Queue a message; never blocks."""
 
-    def receive(self) -> list[Stashed]:
+    def receive(self) -> list[PagesMoved]:
         """All messages that are here."""
 
     def wait(self, timeout_s: float) -> None:
@@ -103,7 +103,7 @@ class LeaderLink(Protocol):
 class FollowerLink(Protocol):
     """The way from the leader and back; `common.wire.RankLink` is the real one."""
 
-    def send(self, rank: int, message: Stashed) -> None:
+    def send(self, rank: int, message: PagesMoved) -> None:
         """Queue a message; never blocks."""
 
     def receive(self) -> list[ToFollower]:
@@ -126,13 +126,13 @@ class Followers:
             for rank in self.ranks:
                 self.link.send(rank, message)
 
-    def wait_stashed(self, key: int) -> None:
-        """Wait until each has copied these pages out: a step or two at most, by which a follower is behind."""
+    def wait_moved(self, key: int) -> None:
+        """Wait until each has swapped these pages: a step or two at most, by which a follower is behind."""
         missing = set(self.ranks) if self.link is not None else set()
         while missing:
             assert self.link is not None
             self.link.wait(_WAIT_S)
-            missing -= {stashed.rank for stashed in self.link.receive() if stashed.key == key}
+            missing -= {moved.rank for moved in self.link.receive() if moved.key == key}
 
     def run(self, layout: StepLayout, shape: StepShape) -> None:
         """Have them launch a step."""
@@ -155,9 +155,9 @@ def follow(forward: ForwardPass, device: Device, link: FollowerLink, check: Call
                     return
                 case _:
                     apply(message, forward.kv_pool, host_pages)
-                    if isinstance(message, StashPages):
+                    if isinstance(message, StashPages | RestorePages):
                         rank = forward.collectives.rank
-                        link.send(rank.of.leader_of(rank.group), Stashed(rank.index, message.key))
+                        link.send(rank.of.leader_of(rank.group), PagesMoved(rank.index, message.key))
         check()
         link.wait(_WAIT_S)
 

@@ -21,7 +21,7 @@ class HostPages:
         self._stashed[key] = self._kv_pool.read(pages)
 
     def restore(self, key: int, pages: list[int]) -> None:
-        """Copy what was stashed into other pages, as many, before whatever is launched next, and forget it."""
+        """Copy what was stashed into other pages, as many, and forget it; blocks until the copy is there."""
         self._kv_pool.write(pages, self._stashed.pop(key))
 
     def drop(self, key: int) -> None:

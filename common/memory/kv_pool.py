@@ -29,8 +29,10 @@ class KvPool:
         return self.pages[torch.tensor(pages, device=self.pages.device)].cpu()
 
     def write(self, pages: list[int], content: torch.Tensor) -> None:
-        """Copy pages back from the host, before whatever is launched next."""
+        """Copy pages back from the host; blocks until all work launched before has ended and the copy is there."""
         self.pages[torch.tensor(pages, device=self.pages.device)] = content.to(self.pages.device)
+        if self.pages.is_cuda:
+            torch.cuda.current_stream(self.pages.device).synchronize()
 
     def copy(self, page: int, copies: list[int]) -> None:
         """Copy one page into others on the device, behind what is launched already and before whatever is launched next."""

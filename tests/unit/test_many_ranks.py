@@ -11,7 +11,7 @@ import torch
 
 from common.engine.build import EngineParts, Follower
 from common.engine.fake import RacingDevice, RacingEngine
-from common.engine.follower import Followers, Stashed, StashPages, ToFollower
+from common.engine.follower import Followers, PagesMoved, StashPages, ToFollower
 from common.engine.step import Launched
 from common.messages import RequestOptions
 from common.ranks import Ranks
@@ -224,14 +224,30 @@ def test_swapped_requests_come_back_whole(
 
 
 class WrittenAtOnce(RacingEngine):
-    """As soon as pages have been swapped out, a peer writes to them, in the memory of every rank."""
+    """As soon as pages have been swapped out, a peer writes to them, in the memory of every rank.
+
+    And as soon as they have been swapped in, every rank has what it should.
+    """
 
     followers: dict[int, Follower]
+    kept: dict[int, list[torch.Tensor]]
 
     def swap_out(self, key: int, pages: list[int]) -> None:
         super().swap_out(key, pages)
-        for kv_pool in (self.kv_pool, *(follower.forward.kv_pool for follower in self.followers.values())):
-            kv_pool.pages[pages] = torch.nan
+        pools = self._pools()
+        self.kept[key] = [pool[pages].clone() for pool in pools]
+        for pool in pools:
+            pool[pages] = torch.nan
+
+    def swap_in(self, key: int, pages: list[int]) -> None:
+        super().swap_in(key, pages)
+        for pool, kept in zip(self._pools(), self.kept.pop(key), strict=True):
+            # Slots that nobody has filled yet may hold what the peer has written.
+            assert torch.allclose(pool[pages], kept, atol=0, rtol=0, equal_nan=True), "a rank is still to write these"
+
+    def _pools(self) -> list[torch.Tensor]:
+        followers = [self.followers[rank] for rank in self.rank.followers]
+        return [self.kv_pool.pages, *(follower.forward.kv_pool.pages for follower in followers)]
 
 
 def test_pages_are_nobody_else_s_until_every_rank_has_swapped_them_out(
@@ -247,7 +263,7 @@ def test_pages_are_nobody_else_s_until_every_rank_has_swapped_them_out(
         pool_tokens=200,
         prefix_cache=False,
     )
-    WrittenAtOnce.followers = worker.followers
+    WrittenAtOnce.followers, WrittenAtOnce.kept = worker.followers, {}
     [answers] = worker.run([[(prompt, greedy(60)) for prompt in random_prompts(12, 16, longest=30)]])
     judge_all(judge_of("plain"), answers)
     assert worker.leaders[0].role.stats(0).swaps > 0
@@ -257,14 +273,14 @@ class LateFollowers:
     """Followers that answer one after the other, each after a wait."""
 
     def __init__(self, key: int) -> None:
-        self.answers = [Stashed(2, key - 1), Stashed(1, key), Stashed(2, key)]
+        self.answers = [PagesMoved(2, key - 1), PagesMoved(1, key), PagesMoved(2, key)]
         self.told: list[int] = []
-        self.here: list[Stashed] = []
+        self.here: list[PagesMoved] = []
 
     def send(self, rank: int, message: ToFollower) -> None:
         self.told.append(rank)
 
-    def receive(self) -> list[Stashed]:
+    def receive(self) -> list[PagesMoved]:
         here, self.here = self.here, []
         return here
 
@@ -276,7 +292,7 @@ def test_a_leader_waits_for_every_follower():
     link = LateFollowers(7)
     followers = Followers(range(1, 3), link)
     followers.tell(StashPages(7, [1, 2]))
-    followers.wait_stashed(7)
+    followers.wait_moved(7)
     assert link.told == [1, 2]
     assert link.answers == []
-    Followers().wait_stashed(7)
+    Followers().wait_moved(7)
