@@ -179,7 +179,7 @@ _ANYWHERE = _Placement()
 def _place(
     launch: LaunchOptions, ranks: list[Ranks], find_gpus: Callable[[], list[str]]
 ) -> tuple[list[_Placement], list[str]]:
-    """Give each rank of each worker a GPU of its own, or let a pair of one rank each share the only one."""
+    """Give each rank of each worker a GPU of its own, or let a pair share them all: a rank of each on every GPU."""
     gpus = [] if launch.device == "cpu" else find_gpus()
     if not gpus and launch.device != "cuda":
         return [_ANYWHERE] * len(ranks), []
@@ -187,9 +187,9 @@ def _place(
     if len(gpus) >= num_needed:
         left = iter(gpus)
         return [_Placement(tuple(islice(left, each.tp))) for each in ranks], []
-    if len(gpus) == 1 and len(ranks) == num_needed == 2:
-        note = f"the prefill and the decode worker share GPU {gpus[0]}, each with half of the memory fraction"
-        return [_Placement((gpus[0],), sharers=2)] * 2, [note]
+    if gpus and [each.tp for each in ranks] == [len(gpus)] * 2:
+        note = f"the two workers share GPU {', '.join(gpus)}, each with half of the memory fraction"
+        return [_Placement(tuple(gpus), sharers=2)] * 2, [note]
     needed = " + ".join(str(each.tp) for each in ranks)
     raise UsageError(
         f"--device {launch.device}: {len(ranks)} workers with {needed} ranks need {num_needed} GPUs, "

@@ -188,6 +188,16 @@ def test_a_pair_shares_the_only_gpu_and_says_so(model: str) -> None:
     assert len(shared.notes) == 1
 
 
+def test_a_pair_of_as_many_ranks_as_gpus_shares_them_all(model: str) -> None:
+    shared = plan(model, "--prefill.tp=2", "--decode.dp=2", gpus=("a", "b"))
+    for name in ("prefill-0", "decode-0"):
+        assert commands(shared)[name].environment == {"CUDA_VISIBLE_DEVICES": "a,b"}
+        assert commands(shared)[name].arguments[-1] == "--memory-fraction=0.425"
+    assert len(shared.notes) == 1
+    with pytest.raises(UsageError, match=r"2 workers with 2 \+ 1 ranks need 3 GPUs, this machine has 2"):
+        plan(model, "--prefill.tp=2", gpus=("a", "b"))
+
+
 def test_a_memory_fraction_that_was_asked_for_is_kept(model: str) -> None:
     stack = commands(plan(model, "--decode.memory-fraction=0.6", gpus=("0",)))
     assert stack["decode-0"].arguments[-1] == "--memory-fraction=0.6"
