@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from msgspec import Struct
 
 from common.errors import RequestError, RequestFailed, TandemError
+from common.orders import Done, Order
 
 Leg = Literal["prefill", "decode"]
 WorkerKind = Literal["prefill", "decode", "aggregated"]
@@ -74,6 +75,10 @@ class RequestOptions(Struct, frozen=True, kw_only=True):
     routed_experts_dtype: Literal["int32", "auto"] = "int32"
     data_parallel_rank: int | None = None
     """The attention group of the worker that is to have the request; None: the worker chooses."""
+    allow_mixed_versions: bool = False
+    """Whether its positions may be computed by weights of several versions."""
+    resumed_tokens: int = 0
+    """So many tokens at the prompt's end are output of earlier legs of this sample: text, stop strings and penalties count them so."""
 
 
 class Bootstrap(Struct, frozen=True):
@@ -189,10 +194,15 @@ class Abort(Struct, frozen=True, tag=True):
     rid: str
 
 
+EndCause = Literal["requested", "retracted"]
+"""Why a sample ends early with an answer: somebody wants no more of it, or it is to go on later, from its tokens alone."""
+
+
 class FinishNow(Struct, frozen=True, tag=True):
     """Somebody asked for the request's end: answer each of its samples with what it has, and the reason `abort`."""
 
     rid: str
+    cause: EndCause = "requested"
 
 
 class StopAt(Struct, frozen=True, tag=True, kw_only=True):
@@ -220,7 +230,7 @@ class Shutdown(Struct, frozen=True, tag=True):
     """Leave the loop and exit with code 0."""
 
 
-FrontendToEngine = Generate | Abort | FinishNow | StopAt | GetStats | FlushCache | Shutdown
+FrontendToEngine = Generate | Abort | FinishNow | StopAt | GetStats | FlushCache | Shutdown | Order
 
 
 # ------------------------------------------------------------------------------------------------ engine -> frontend
@@ -299,6 +309,11 @@ class Finished(Struct, frozen=True, tag=True, kw_only=True):
     top_logprobs: list[TopLogprobs] = []
     prompt_logprobs: PromptLogprobs | None = None
     rows: RowHeader | None = None
+    weight_versions: tuple[VersionSpan, ...] = ()
+    """Of the forward passes of this leg's positions: `[0, P)` on a prefill leg, `[P, P+G-1)` on a decode leg, else both.
+
+    The token at position i + 1 was drawn by the forward pass of position i.
+    """
     timings: dict[str, float] = {}
 
 
@@ -356,7 +371,7 @@ class CacheFlushed(Struct, frozen=True, tag=True):
     refusal: str | None = None
 
 
-EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlushed | Beat
+EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlushed | Beat | Done
 
 
 # ------------------------------------------------------------------------------------------------ decode -> prefill
@@ -499,6 +514,8 @@ class KvDone(Struct, frozen=True, tag=True, kw_only=True):
     exposed_seconds: float
     """How long the request waited for its KV: since the prefill's end, or since the peer's asking if that came later."""
     first_token: FirstToken
+    prompt_versions: tuple[str, ...]
+    """Weights that have computed the prompt, in order; more than one if they were changed meanwhile."""
 
 
 class KvClosed(Struct, frozen=True, tag=True, kw_only=True):
