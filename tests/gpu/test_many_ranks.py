@@ -40,11 +40,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def start(checkpoint: Path, tmp_path: Path) -> Callable[..., Any]:
+@pytest.fixture(scope="module")
+def start(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     @contextmanager
     def started(*flags: str) -> Iterator[Stack]:
-        log_file = tmp_path / "log"
+        log_file = tmp_path_factory.mktemp("stack") / "log"
         common = [f"--model={checkpoint}", f"--device={DEVICE}", "--kv-pool-tokens=32768", "--cpu-threads=1"]
         try:
             with running_stack([*common, *flags], log_file=log_file) as stack:
@@ -88,21 +88,28 @@ def test_in_float32_as_transformers(start: Callable[..., Any], checkpoint: Path,
     tally.assert_clean()
 
 
+FULL = ["--aggregated", "--dtype=bfloat16", "--chunked-prefill-tokens=16", "--max-running-requests=48"]
+PROMPTS = [prompt[:24] for prompt in random_prompts(42, 110)]
+
+
+@pytest.fixture(scope="module")
+def alone(start: Callable[..., Any]) -> list[Reply]:
+    """What one engine answers."""
+    with start(*FULL) as stack:
+        return ask(stack, PROMPTS, 40, 110)
+
+
 @pytest.mark.parametrize("graphs", ["--cuda-graphs", "--no-cuda-graphs"])
 @pytest.mark.parametrize("name", ["tp2", "dp2", "dp2-ep"])
-def test_full_ranks_in_padded_steps(start: Callable[..., Any], name: str, graphs: str):
+def test_full_ranks_in_padded_steps(start: Callable[..., Any], alone: list[Reply], name: str, graphs: str):
     """More running requests than the chunks of all groups: every rank is full, and no row is bad or another token's."""
-    flags = ["--aggregated", "--dtype=bfloat16", "--chunked-prefill-tokens=16", "--max-running-requests=48"]
-    prompts = [prompt[:24] for prompt in random_prompts(42, 110)]
-    with start(*flags) as stack:
-        alone = ask(stack, prompts, 40, 110)
-    with start(*flags, *SPLITS[name], graphs) as stack:
-        replies = ask(stack, prompts, 40, 110)
+    with start(*FULL, *SPLITS[name], graphs) as stack:
+        replies = ask(stack, PROMPTS, 40, 110)
         summary = replay(ReplayOptions(url=stack.url, concurrency=64))
     assert summary.is_good
     assert summary.bad_rows == 0
     same = total = 0
-    for prompt, ours, theirs in zip(prompts, replies, alone, strict=True):
+    for prompt, ours, theirs in zip(PROMPTS, replies, alone, strict=True):
         # From the first token that differs on, the two answer different questions.
         common = next(
             (i for i, pair in enumerate(zip(ours.output_ids, theirs.output_ids, strict=True)) if len({*pair}) > 1), 40
