@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from common.kernels.interface import Lanes
+from common.kernels.interface import Kernels, Lanes
 from common.kernels.rank_group import RankGroup, open_rank_groups
 from common.ranks import Rank, Ranks
 
@@ -66,13 +66,13 @@ class Collectives:
 
     # -------------------------------------------------------------------------------------------- sums
 
-    def sum_in_group(self, partial: torch.Tensor) -> torch.Tensor:
-        """Add up what the ranks of the attention group have computed, maybe in place; the same bits on each."""
-        return partial if self._group is None else self._group.sum(partial)
-
-    def sum_over_all(self, partial: torch.Tensor) -> torch.Tensor:
-        """Add up what all ranks have computed, maybe in place; the same bits on each."""
-        return partial if self._everybody is None else self._everybody.sum(partial)
+    def add_norm(
+        self, kernels: Kernels, x_TD: torch.Tensor, partial: torch.Tensor | None, weight_D: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Kernels.add_norm`, of the sum of what the ranks of the attention group have computed: the same bits on each."""
+        if self._group is None or partial is None:
+            return kernels.add_norm(x_TD, partial, weight_D, eps)
+        return kernels.add_norm_over(x_TD, kernels.add_up(partial), self._group, weight_D, eps)
 
     # -------------------------------------------------------------------------------------------- tokens of all groups
 
@@ -87,13 +87,16 @@ class Collectives:
         return _unpack(gathered, own)
 
     def scatter_sum(self, partial_ND: torch.Tensor, gathering: Gathering | None, num_tokens: int) -> torch.Tensor:
-        """Add up all ranks' shares of what the experts say of the gathered tokens; returns this group's own, `[T, D]`."""
+        """Add up the groups' shares of what the experts say of the gathered tokens; returns this group's own, `[T, D]`.
+
+        What each rank of the group has then is still its part of a sum.
+        """
         if self._across is None:
-            return self.sum_over_all(partial_ND)
+            return partial_ND
         assert gathering is not None
         if gathering.lanes is None:
             partial_ND = _with_gaps(partial_ND, gathering)
-        return self.sum_in_group(self._across.sum_rows(partial_ND))[:num_tokens]
+        return self._across.sum_rows(partial_ND)[:num_tokens]
 
     # -------------------------------------------------------------------------------------------- draws
 

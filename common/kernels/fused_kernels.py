@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from common.kernels.interface import ExpertMatrices, Lanes
+from common.kernels.interface import ExpertMatrices, Lanes, Peers
 from common.kernels.triton import experts, grouped_experts, grouped_fp8, layer, sampling, single_experts
 from common.kernels.triton.routing import Routing, choose, place, route
 from common.kernels.triton.tuning import ExpertShape, tuned_for
@@ -21,6 +21,16 @@ class FusedKernels:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One launch."""
         return layer.add_norm(x_TD, delta, weight_D, eps)
+
+    def add_norm_over(
+        self, x_TD: torch.Tensor, partial_TD: torch.Tensor, peers: Peers, weight_D: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of few tokens a copy and one launch, which reads the others' memory."""
+        area = peers.area(partial_TD)
+        if area is None:
+            return self.add_norm(x_TD, peers.sum(partial_TD), weight_D, eps)
+        area.own.copy_(partial_TD)
+        return layer.add_norm_over(x_TD, area, weight_D, eps)
 
     def norm_rotate_store(
         self,

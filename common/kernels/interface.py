@@ -8,7 +8,7 @@ P positions, S sampled positions, V vocabulary, M attention groups, N lanes of a
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -51,6 +51,32 @@ class ExpertMatrices:
         return (self.weight[expert].float() * scale).to(dtype)
 
 
+class PeerArea(NamedTuple):
+    """Memory of this GPU that the other ranks of a group read, and where theirs is; good for one sum.
+
+    Whoever reads it first waits for the others' signals: it was another area that all of them read last.
+    """
+
+    own: torch.Tensor
+    """Where this rank puts its part, in the part's shape and dtype."""
+    addresses_R: torch.Tensor
+    """int64, on the device: of every rank's part."""
+    signals_R: torch.Tensor
+    """int64, on the device: of every rank's zeros, int32 `[T, R]`, and zeros again afterwards."""
+    place: int
+    """This rank's number among the R."""
+
+
+class Peers(Protocol):
+    """The ranks of a group, each with a part of a sum."""
+
+    def sum(self, partial: torch.Tensor) -> torch.Tensor:
+        """Add up all ranks' tensors, maybe in place; the same bits on each."""
+
+    def area(self, partial: torch.Tensor) -> PeerArea | None:
+        """Where all ranks can read each other's parts; None if these are too large, or the GPUs cannot."""
+
+
 class Kernels(Protocol):
     """The layer's operations. None of them waits for the device."""
 
@@ -65,6 +91,11 @@ class Kernels(Protocol):
 
         `delta` is what `experts` or a matrix product returned: `[T, D]`, `[T, K, D]` to be added up over K, or None for nothing.
         """
+
+    def add_norm_over(
+        self, x_TD: torch.Tensor, partial_TD: torch.Tensor, peers: Peers, weight_D: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do as `add_norm` with the sum of what all `peers` have computed."""
 
     def norm_rotate_store(
         self,

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch.distributed.distributed_c10d import AllgatherOptions, PrefixStore, Store  # type: ignore[attr-defined]
 
+from common.kernels.interface import PeerArea
 from common.ranks import Rank
 
 log = logging.getLogger(__name__)
@@ -25,6 +26,8 @@ _TIMEOUT: Final = timedelta(minutes=30)
 """Longer than any compiling takes; whether a rank is stuck is seen much earlier by the worker's frontend."""
 _MOST_BYTES: Final = 2 * 2**20
 """Of what is read from the others' memory; beyond, NCCL is as fast."""
+_MOST_SIGNALS: Final = 256
+"""Of the tokens of one sum, one from each rank."""
 
 
 class RankGroup:
@@ -44,6 +47,13 @@ class RankGroup:
             return self._reader.sum(partial)
         _finish(self._backend.allreduce([partial], _options(dist.AllreduceOptions)))
         return partial
+
+    def area(self, partial: torch.Tensor) -> PeerArea | None:
+        """Where all ranks can read each other's `[T, D]` parts of one sum; None if these are too large, or the GPUs cannot.
+
+        All ranks ask in the same order, and an even number of times in each forward pass: two areas serve in turn.
+        """
+        return None if self._reader is None else self._reader.area(partial, self._index)
 
     def sum_rows(self, partial: torch.Tensor) -> torch.Tensor:
         """Add up all ranks' matrices; returns this rank's share of the rows, one of as many equal shares as there are ranks."""
@@ -119,19 +129,19 @@ def _open_nccl(
         device_id=device,
     )
 
-    def open_one(members: list[list[int]], index: int) -> RankGroup | None:
+    def open_one(members: list[list[int]], index: int, *, reads: bool = True) -> RankGroup | None:
         """Every rank opens all groups of a kind, in one order, and keeps its own."""
         count = len(members[0])
         if count == 1:
             return None
         opened = [dist.new_group(ranks) for ranks in members]
         own = next(group for group, ranks in zip(opened, members, strict=True) if rank.index in ranks)
-        return RankGroup(own, count, index, PeerReader.open(own, count, device))
+        return RankGroup(own, count, index, PeerReader.open(own, count, device) if reads else None)
 
     groups = [list(range(first, first + size)) for first in range(0, tp, size)]
     across = [list(range(place, tp, size)) for place in range(size)]
     return (
-        open_one([list(range(tp))], rank.index),
+        open_one([list(range(tp))], rank.index, reads=False),
         open_one(groups, rank.place),
         open_one(across, rank.group),
     )
@@ -148,6 +158,14 @@ class PeerReader:
         )
         symmetric_memory.rendezvous(self._sums, self._name)
         self._handle = symmetric_memory.rendezvous(self._rows, self._name)
+        self._areas = symmetric_memory.empty(2 * _MOST_BYTES // size, dtype=torch.uint8, device=device)
+        areas = symmetric_memory.rendezvous(self._areas, self._name)
+        begins, self._signals = (
+            torch.tensor(addresses, dtype=torch.int64, device=device)
+            for addresses in (areas.buffer_ptrs, areas.signal_pad_ptrs)
+        )
+        self._addresses = [begins, begins + _MOST_BYTES // size]
+        self._turn = 0
 
     @classmethod
     def open(cls, group: Any, size: int, device: torch.device) -> "PeerReader | None":
@@ -171,6 +189,18 @@ class PeerReader:
         own = self._sums[: partial.nbytes].view(partial.dtype)
         summed: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(own, partial.view(-1), "sum", self._name)
         return summed.view(partial.shape)
+
+    def area(self, partial: torch.Tensor, index: int) -> PeerArea | None:
+        """See `RankGroup.area`.
+
+        Who is about to write one area has met the others over the other one since they read this.
+        """
+        if not self._fits(partial) or len(partial) * self._size > _MOST_SIGNALS:
+            return None
+        begin = self._turn * (_MOST_BYTES // self._size)
+        own = self._areas[begin : begin + partial.nbytes].view(partial.dtype).view(partial.shape)
+        addresses, self._turn = self._addresses[self._turn], 1 - self._turn
+        return PeerArea(own, addresses, self._signals, index)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Each rank copies all the others'."""

@@ -3,7 +3,7 @@
 import torch
 
 from common.kernels import reference
-from common.kernels.interface import ExpertMatrices, Lanes
+from common.kernels.interface import ExpertMatrices, Lanes, Peers
 
 
 class TorchKernels:
@@ -20,6 +20,12 @@ class TorchKernels:
         if delta is not None:
             x_TD = x_TD + self.add_up(delta)
         return x_TD, reference.rms_norm(x_TD, weight_D, eps)
+
+    def add_norm_over(
+        self, x_TD: torch.Tensor, partial_TD: torch.Tensor, peers: Peers, weight_D: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One after the other."""
+        return self.add_norm(x_TD, peers.sum(partial_TD), weight_D, eps)
 
     def norm_rotate_store(
         self,

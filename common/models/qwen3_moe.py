@@ -73,7 +73,7 @@ class Qwen3Moe(nn.Module):
         delta: torch.Tensor | None = None
         for layer in self.layers:
             x_TD, delta = layer(x_TD, delta, tables, counts_LE, batch, kv_pool)
-        return self.kernels.add_norm(x_TD, delta, self.norm_D, self.config.rms_norm_eps)[1]
+        return self.collectives.add_norm(self.kernels, x_TD, delta, self.norm_D, self.config.rms_norm_eps)[1]
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Project hidden states to logits `[S, V]` in the model's dtype, on every rank of the group."""
@@ -128,7 +128,7 @@ class _Layer(nn.Module):
         self, config: ModelConfig, layer: int, make: _Maker, kernels: Kernels, collectives: Collectives
     ) -> None:
         super().__init__()
-        self.eps, self.kernels = config.rms_norm_eps, kernels
+        self.eps, self.kernels, self.collectives = config.rms_norm_eps, kernels, collectives
         self.input_norm_D = make.norm(config.hidden_size)
         self.attention = _Attention(config, layer, make, kernels, collectives)
         self.mlp_norm_D = make.norm(config.hidden_size)
@@ -147,10 +147,13 @@ class _Layer(nn.Module):
         batch: ForwardBatch,
         kv_pool: KvPool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add what the layer before computed; returns the sum, and what this layer adds to it, which its successor will do."""
-        x_TD, normed_TD = self.kernels.add_norm(x_TD, delta, self.input_norm_D, self.eps)
+        """Add what the layer before computed; returns the sum, and what this layer adds to it, which its successor will do.
+
+        What is to be added is this rank's part; those of its attention group are added up when it is.
+        """
+        x_TD, normed_TD = self.collectives.add_norm(self.kernels, x_TD, delta, self.input_norm_D, self.eps)
         delta = self.attention(normed_TD, tables, batch, kv_pool)
-        x_TD, normed_TD = self.kernels.add_norm(x_TD, delta, self.mlp_norm_D, self.eps)
+        x_TD, normed_TD = self.collectives.add_norm(self.kernels, x_TD, delta, self.mlp_norm_D, self.eps)
         return x_TD, cast(torch.Tensor, self.mlp(normed_TD, counts_LE, batch))
 
     def add_weights(self, prefix: str, targets: dict[str, Target], fused: dict[str, Fused]) -> None:
@@ -192,7 +195,7 @@ class _Attention(nn.Module):
         out_THd = batch.attention(q_THd, k_cache, v_cache)
         # The bias is there once in the sum.
         bias = self.out_bias if self.collectives.rank.is_leader else None
-        return self.collectives.sum_in_group(F.linear(out_THd.flatten(1), self.out, bias))
+        return F.linear(out_THd.flatten(1), self.out, bias)
 
     def add_weights(self, prefix: str, targets: dict[str, Target]) -> None:
         names = [prefix + name for name in ("q_proj", "k_proj", "v_proj")]
@@ -215,7 +218,7 @@ class _DenseMlp(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, counts_LE: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         inner_TI = reference.silu_and_mul(F.linear(x_TD, self.gate_up))
-        return self.collectives.sum_in_group(F.linear(inner_TI, self.down))
+        return F.linear(inner_TI, self.down)
 
     def add_weights(self, prefix: str, targets: dict[str, Target], fused: dict[str, Fused]) -> None:
         names = [prefix + "gate_proj.weight", prefix + "up_proj.weight"]
@@ -243,7 +246,7 @@ class _Experts(nn.Module):
         ids_TK = batch.routing.target(self.moe_layer, len(x_TD))
         if ranks.dp > 1 or ranks.ep:
             return self._with_the_others(x_TD, ids_TK, batch)
-        delta = self.kernels.experts(
+        return self.kernels.experts(
             x_TD,
             self.gate_ED,
             *self._matrices(),
@@ -252,7 +255,6 @@ class _Experts(nn.Module):
             counts_E=counts_LE[self.moe_layer],
             num_tokens=batch.num_tokens,
         )
-        return delta if ranks.tp == 1 else self.collectives.sum_over_all(self.kernels.add_up(delta))
 
     def _with_the_others(self, x_TD: torch.Tensor, ids_TK: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
         """Route this group's tokens, and run all groups' through the experts, or the parts of them, that are here."""

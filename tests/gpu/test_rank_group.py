@@ -1,4 +1,4 @@
-"""Sums and gathers over two GPUs, by NCCL and by reading each other's memory, eager and in CUDA graphs."""
+"""Sums, gathers and sums that are normed over two GPUs, by NCCL and by reading each other's memory, eager and in CUDA graphs."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from common.kernels.interface import Kernels
 from common.kernels.rank_group import RankGroup, open_rank_groups
+from common.kernels.torch_kernels import TorchKernels
 from common.ranks import Ranks
 
 pytestmark = [
@@ -54,6 +56,36 @@ def check(group: RankGroup, rank: int, rows: int, dtype: torch.dtype, device: to
         compare(seed, results)
 
 
+def check_norms(group: RankGroup, rank: int, rows: int, device: torch.device) -> None:
+    """A chain of sums, each added to the one before: as the torch twin has it, and the same bits on both ranks."""
+    from common.kernels.fused_kernels import FusedKernels
+
+    dtype, twin, kernels = torch.bfloat16, TorchKernels(), FusedKernels()
+    inputs = torch.empty(rows, WIDTH, dtype=dtype, device=device)
+    weight = torch.rand(WIDTH, device=device).to(dtype)
+    group.share(weight)
+
+    def compute(chosen: Kernels) -> list[torch.Tensor]:
+        x, results = torch.zeros_like(inputs), []
+        for step in range(6):
+            x, normed = chosen.add_norm_over(x, inputs * (step + 1), group, weight, 1e-6)
+            results += [x, normed]
+        return results
+
+    inputs.copy_(numbers(0, rank, rows, dtype))
+    compute(kernels)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        results = compute(kernels)
+    for seed in range(1, REPLAYS):
+        inputs.copy_(numbers(seed, rank, rows, dtype))
+        graph.replay()
+        for ours, theirs in zip(results, compute(twin), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=0.02, rtol=0.02)
+            assert torch.equal(ours, group.share(ours.clone())), "the ranks have different bits"
+
+
 def run(rank: int, folder: str) -> None:
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
@@ -63,6 +95,8 @@ def run(rank: int, folder: str) -> None:
     assert everybody is not None
     assert group is not None
     assert group._reader is not None, "these GPUs can read each other's memory"
+    for rows in ROWS:
+        check_norms(group, rank, rows, device)
     assert everybody.smallest(5 + rank, device) == 5
     shared = torch.full((3,), rank + 7, device=device)
     assert group.share(shared).tolist() == [7, 7, 7]

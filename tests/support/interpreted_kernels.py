@@ -24,7 +24,7 @@ from triton.runtime import interpreter
 
 from common.kernels import fused_kernels, reference
 from common.kernels.fused_kernels import FusedKernels
-from common.kernels.interface import ExpertMatrices, Lanes
+from common.kernels.interface import ExpertMatrices, Lanes, PeerArea
 from common.kernels.torch_kernels import TorchKernels
 from common.kernels.triton import experts, grouped_experts, layer, sampling, single_experts
 from common.kernels.triton.routing import choose, place, route
@@ -46,6 +46,23 @@ def check_add_norm() -> None:
             layer.add_norm(x, delta, weight, 1e-6), TWIN.add_norm(x, delta, weight, 1e-6), strict=True
         ):
             assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def check_add_norm_over() -> None:
+    """Two ranks' launches one after the other: the signals that the second would send are there before the first one asks."""
+    tokens, hidden = 3, 48
+    x, weight, parts = torch.randn(tokens, hidden), torch.randn(hidden), torch.randn(2, tokens, hidden)
+    signals = torch.zeros(2, tokens, 2, dtype=torch.int32)
+    signals[0, :, 1] = 1
+    addresses, pads = (torch.tensor([each.data_ptr() for each in both]) for both in (parts, signals))
+    for index in range(2):
+        area = PeerArea(parts[index], addresses, pads, index)
+        results = layer.add_norm_over(x, area, weight, 1e-6)
+        for ours, theirs in zip(results, TWIN.add_norm(x, parts.sum(0), weight, 1e-6), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        # Each takes what was sent to it, and sends its own.
+        assert signals[0].sum() == index * tokens
+        assert signals[1].sum() == (1 - index) * tokens
 
 
 def check_norm_rotate_store() -> None:
@@ -314,6 +331,7 @@ def check_draw() -> None:
 
 CHECKS: dict[str, Callable[[], None]] = {
     "add_norm": check_add_norm,
+    "add_norm_over": check_add_norm_over,
     "norm_rotate_store": check_norm_rotate_store,
     "few_tokens": lambda: check_experts(experts.few_tokens),
     "single_tokens": lambda: check_experts(single_experts.single_tokens),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from common.kernels.collectives import Collectives, Gathering, Routed
 from common.kernels.interface import Lanes
+from common.kernels.torch_kernels import TorchKernels
 from common.ranks import Ranks
 from tests.support.rank_threads import in_threads
 
@@ -72,7 +73,7 @@ def test_tokens_of_all_groups_come_together_and_go_back(
         seen = collectives.gather(own, gathering)
         # A share that tells the ranks apart; whole numbers, so that no order of adding them matters.
         share = torch.arange(len(seen.hidden)).view(-1, 1).expand(-1, HIDDEN) + 100.0 * 2**collectives.rank.index
-        return seen, collectives.scatter_sum(share.clone(), gathering, len(own.hidden))
+        return seen, summed(collectives, collectives.scatter_sum(share.clone(), gathering, len(own.hidden)))
 
     total_weight = 100.0 * (2**ranks.tp - 1)
     for index, (seen, back) in enumerate(together(ranks, run)):
@@ -99,16 +100,22 @@ def test_a_groups_vocabulary_sums_and_draws(ranks: Ranks, num_rows: int, width: 
         rank = collectives.rank
         part = logits[rank.group][:, rank.place * width : (rank.place + 1) * width]
         drawn = torch.full((num_rows,), 10 * rank.group if rank.is_leader else -1)
-        summed = collectives.sum_in_group(torch.full((2, 3), 2.0**rank.index))
-        return collectives.gather_vocabulary(part), collectives.share_draws(drawn), summed, _smallest(collectives)
+        total = summed(collectives, torch.full((2, 3), 2.0**rank.index))
+        return collectives.gather_vocabulary(part), collectives.share_draws(drawn), total, _smallest(collectives)
 
-    for index, (gathered, drawn, summed, smallest) in enumerate(together(ranks, run)):
+    for index, (gathered, drawn, total, smallest) in enumerate(together(ranks, run)):
         rank = ranks.rank(index)
         assert torch.equal(gathered, logits[rank.group])
         assert drawn.tolist() == [10 * rank.group] * num_rows
         first = ranks.leader_of(rank.group)
-        assert summed.unique().tolist() == [sum(2.0 ** (first + place) for place in range(ranks.group_size))]
+        assert total.unique().tolist() == [sum(2.0 ** (first + place) for place in range(ranks.group_size))]
         assert smallest == 7
+
+
+def summed(collectives: Collectives, partial: torch.Tensor) -> torch.Tensor:
+    """The sum over a group's ranks, as a layer gets it: added to what it has, here zeros."""
+    weight = torch.ones(partial.shape[1], dtype=partial.dtype)
+    return collectives.add_norm(TorchKernels(), torch.zeros_like(partial), partial, weight, 1e-6)[0]
 
 
 def _smallest(collectives: Collectives) -> int:
@@ -120,6 +127,6 @@ def test_one_rank_alone_changes_nothing():
     own = routed(1, 4, 2, torch.float32, torch.uint8)
     assert alone.gather(own, None) is own
     assert torch.equal(alone.scatter_sum(own.hidden, None, 4), own.hidden)
-    assert torch.equal(alone.sum_in_group(own.hidden), own.hidden)
+    assert torch.equal(summed(alone, own.hidden), own.hidden)
     assert torch.equal(alone.gather_vocabulary(own.hidden), own.hidden)
     assert alone.smallest(3, CPU) == 3

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from common.kernels.interface import PeerArea
 from common.kernels.triton.launch import overlapped
 
 _HEADS_A_PROGRAM = 8
@@ -66,6 +67,80 @@ def _add_norm(
         value = (value + added).to(sums.dtype.element_ty)
         tl.store(sums + token * D + columns, value, mask=is_column)
         value = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value) / D + eps)
+    weights = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
+    tl.store(normed + token * D + columns, (value * scale * weights).to(normed.dtype.element_ty), mask=is_column)
+
+
+def add_norm_over(
+    x_TD: torch.Tensor, area: PeerArea, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add the parts of all ranks in `area` to `x_TD`, in the ranks' order; returns the sum and its RMS norm, both `[T, D]`.
+
+    All ranks of the group launch this. A token's program waits for the programs of the same token on the other GPUs.
+    """
+    total, hidden_size = x_TD.shape
+    sum_TD, normed_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    _add_norm_over[(total,)](
+        x_TD,
+        area.addresses_R,
+        area.signals_R,
+        weight_D,
+        sum_TD,
+        normed_TD,
+        eps,
+        area.place,
+        R=len(area.addresses_R),
+        D=hidden_size,
+        D_BLOCK=triton.next_power_of_2(hidden_size),
+        num_warps=8,
+        **overlapped(),
+    )
+    return sum_TD, normed_TD
+
+
+@triton.jit
+def _add_norm_over(
+    x,
+    addresses,
+    signals,
+    weight,
+    sums,
+    normed,
+    eps,
+    index,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, D_BLOCK)
+    is_column = columns < D
+    # Say on every other GPU that this rank's part is there, then wait until all have said so here. A signal is 1 for as long as
+    # nobody has taken it.
+    for r in tl.static_range(R):
+        if r != index:
+            theirs = tl.load(signals + r).to(tl.pointer_type(tl.int32))
+            while tl.atomic_cas(theirs + token * R + index, 0, 1, sem="release", scope="sys") != 0:
+                pass
+    own = tl.load(signals + index).to(tl.pointer_type(tl.int32))
+    for r in tl.static_range(R):
+        if r != index:
+            while tl.atomic_cas(own + token * R + r, 1, 0, sem="acquire", scope="sys") != 1:
+                pass
+    added = tl.zeros([D_BLOCK], dtype=tl.float32)
+    for r in tl.static_range(R):
+        part = tl.load(addresses + r).to(tl.pointer_type(x.dtype.element_ty))
+        # Not from this GPU's cache, which may have the sum before the last.
+        added += tl.load(part + token * D + columns, mask=is_column, other=0.0, cache_modifier=".cv").to(tl.float32)
+    value = tl.load(x + token * D + columns, mask=is_column, other=0.0).to(tl.float32)
+    value = (value + added).to(sums.dtype.element_ty)
+    tl.store(sums + token * D + columns, value, mask=is_column)
+    value = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value) / D + eps)
     weights = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     tl.store(normed + token * D + columns, (value * scale * weights).to(normed.dtype.element_ty), mask=is_column)
