@@ -13,6 +13,7 @@ import tomllib
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
@@ -117,6 +118,18 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
     engine_deadline_s: Annotated[
         float, option("longest silence of an engine before its requests fail; it beats once a second", unit="s", gt=2)
     ] = 30.0
+    weights_deadline_s: Annotated[
+        float,
+        option("longest time that a weight update, or meeting a trainer for it, may take", unit="s", gt=0),
+    ] = 600.0
+    allow_pickled_weights: Annotated[
+        bool,
+        option("take weight updates that a trainer has pickled; the pickle may name what makes tensors, and no more"),
+    ] = False
+    profile_folder: Annotated[
+        str,
+        option("folder for the traces of profiles; empty: one in the system's temporary folder", metavar="FOLDER"),
+    ] = ""
     health_deadline_s: Annotated[float, option("longest time that a health check may take", unit="s", gt=0)] = 30.0
 
     @property
@@ -139,6 +152,9 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
         option("answers that may run or wait at a time, before more get a 429", unit="requests", ge=1, le=2**24),
     ] = 16384
     max_body_bytes: Annotated[int, option("largest request body", unit="bytes", ge=1024)] = 64 * 2**20
+    max_weights_bytes: Annotated[
+        int, option("largest body of a weight update; it is kept in memory until it is loaded", unit="bytes", ge=1024)
+    ] = 64 * 2**30
     request_deadline_s: Annotated[float, option("longest time that a request may take", unit="s", gt=0)] = 1800.0
     write_deadline_s: Annotated[
         float, option("longest time that a client may take nothing of its answer", unit="s", gt=0)
@@ -147,6 +163,23 @@ class ServerOptions(Struct, frozen=True, kw_only=True):
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"], option("least important line that is logged")
     ] = "info"
+
+
+class RegistrationOptions(Struct, frozen=True, kw_only=True):
+    """How a worker joins a router by itself."""
+
+    register: Annotated[
+        str,
+        option("URL of a router to join, again and again, and to leave at the end; empty: none", metavar="ROUTER_URL"),
+    ] = ""
+    register_key: Annotated[str, option("the router's API key; empty: it asks for none", metavar="KEY")] = ""
+    advertise_url: Annotated[
+        str, option("where the router finds this worker; empty: at --host and --port", metavar="URL")
+    ] = ""
+    register_lease_s: Annotated[
+        float,
+        option("how long the router keeps this worker without a word; it joins again every third", unit="s", gt=0),
+    ] = 30.0
 
 
 # ------------------------------------------------------------------------------------------------ from flags and TOML
@@ -171,6 +204,17 @@ def parse_config(config_type: type[Config], argv: list[str], *, prog: str, descr
         values |= _read_toml(Path(path), options)
     values |= {name: value for name, value in arguments.items() if value is not None}
     return _build(config_type, values)
+
+
+def check_url(flag: str, url: str) -> None:
+    """Check an HTTP URL that an operator named. Raises UsageError, which names the flag."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError as error:
+        raise UsageError(f"{flag} {url}: {error}") from error
+    if not usable or parts.query or parts.fragment:
+        raise UsageError(f"{flag} {url}: not a URL like http://host:port")
 
 
 def to_flags(config: Struct) -> list[str]:

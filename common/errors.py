@@ -10,7 +10,9 @@
     │   │   ├── BadRows            out of range, or an expert twice in one row
     │   │   └── RowsMismatch       blocks that do not belong to one sample
     │   ├── LegFailed         502  a worker's leg failed: names leg and stage
+    │   │   └── Retracted          its worker has put it back: it is to start again
     │   ├── NoHealthyPair     503  nowhere to send it
+    │   ├── MixedVersions     503  the weights changed under a request that may not mix them
     │   └── DeadlineExceeded  504  names the stage that ran out of time
     └── TransferError         a KV transfer that cannot go on; its request fails with LegFailed
 
@@ -18,7 +20,11 @@ It knows no HTTP: `status` is only the number that the protocol prints. Neighbou
 which an error crosses a process.
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Final
+
+MEMORY_RELEASED: Final = "memory_released"
+"""Code (503) of what a worker refuses while its device's memory is given back: nobody is to blame."""
 
 
 class TandemError(Exception):
@@ -90,11 +96,28 @@ class LegFailed(RequestFailed):
     code: ClassVar[str] = "leg_failed"
 
 
+class Retracted(LegFailed):
+    """A worker has ended its leg so that the request goes on later; nobody is to blame, and it is tried again."""
+
+    code: ClassVar[str] = "retracted"
+
+
 class NoHealthyPair(RequestFailed):
     """There is no prefill worker or no decode worker to send the request to."""
 
     status: ClassVar[int] = 503
     code: ClassVar[str] = "no_healthy_pair"
+
+
+class MixedVersions(RequestFailed):
+    """The weights have changed since a request began, and it may not mix versions; nobody's fault, and it may be tried again."""
+
+    status: ClassVar[int] = 503
+    code: ClassVar[str] = "mixed_versions"
+
+    def __init__(self, versions: Iterable[str]) -> None:
+        named = ", ".join(repr(version) for version in dict.fromkeys(versions))
+        super().__init__(f"the request may not mix weights of several versions: {named}", stage="versions")
 
 
 class DeadlineExceeded(RequestFailed):

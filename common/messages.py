@@ -78,7 +78,7 @@ class RequestOptions(Struct, frozen=True, kw_only=True):
     allow_mixed_versions: bool = False
     """Whether its positions may be computed by weights of several versions."""
     resumed_tokens: int = 0
-    """So many tokens at the prompt's end are output of earlier legs of this sample: text, stop strings and penalties count them so."""
+    """So many tokens at the prompt's end are output of earlier legs of this sample; text, stop strings and penalties count them."""
 
 
 class Bootstrap(Struct, frozen=True):
@@ -197,6 +197,9 @@ class Abort(Struct, frozen=True, tag=True):
 EndCause = Literal["requested", "retracted"]
 """Why a sample ends early with an answer: somebody wants no more of it, or it is to go on later, from its tokens alone."""
 
+RoomCode = Literal["leg_failed", "retracted"]
+"""What the other leg's error is called if a leg's end has closed its room."""
+
 
 class FinishNow(Struct, frozen=True, tag=True):
     """Somebody asked for the request's end: answer each of its samples with what it has, and the reason `abort`."""
@@ -281,7 +284,7 @@ class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Why a sample ended.
 
     `stop` with the token id or the string that matched, `length` with the number of tokens, or `abort` with a message and a
-    cause: `requested` is an answer, anything else a failure.
+    cause: an `EndCause` is an answer, anything else a failure.
     """
 
     type: Literal["stop", "length", "abort"]
@@ -289,6 +292,22 @@ class FinishReason(Struct, frozen=True, kw_only=True, omit_defaults=True):
     length: int | None = None
     message: str | None = None
     cause: str | None = None
+
+    @classmethod
+    def early(cls, cause: EndCause, where: str) -> "FinishReason":
+        """Say that somebody has ended it; `where` says how far it was."""
+        how = "aborted by request" if cause == "requested" else "retracted"
+        return cls(type="abort", message=f"{how} {where}", cause=cause)
+
+    @property
+    def is_requested(self) -> bool:
+        """Whether somebody wanted no more of it."""
+        return self.type == "abort" and self.cause == "requested"
+
+    @property
+    def is_retracted(self) -> bool:
+        """Whether it is to go on later."""
+        return self.type == "abort" and self.cause == "retracted"
 
 
 class Finished(Struct, frozen=True, tag=True, kw_only=True):
@@ -430,7 +449,6 @@ class Hello(Struct, frozen=True, tag=True, kw_only=True):
     peer: str
     protocol: int
     pool: PoolInfo
-    weight_version: str
 
 
 class Heartbeat(Struct, frozen=True, tag=True):
@@ -468,9 +486,14 @@ class KvAbort(Struct, frozen=True, tag=True):
     """The peer that was asked: the word of another one at its address would prove nothing."""
     room: int
     generation: int
+    code: RoomCode = "leg_failed"
 
 
-DecodeToPrefill = Hello | Heartbeat | KvRequest | KvAbort
+class Goodbye(Struct, frozen=True, tag=True):
+    """Nobody is behind this peer's id any more: its memory is given back, and it may be forgotten."""
+
+
+DecodeToPrefill = Hello | Heartbeat | KvRequest | KvAbort | Goodbye
 
 
 # ------------------------------------------------------------------------------------------------ prefill -> decode

@@ -1,6 +1,8 @@
 """Orders of a worker's frontend to the leaders of its engine: pauses, weights, memory, profiles.
 
-Each is carried out by all ranks of the attention group, and answered by one `Done` with the same serial. Part of the unions in
+Each is carried out by all ranks of the attention group when none of them has a step in flight, one order after the other, and
+answered by one `Done` with the same serial. The engine does nothing else meanwhile. So before an order that may take long, or
+that waits for other processes, all groups must be paused: one that steps would wait for the others. Part of the unions in
 `common.messages`; sender: `common.server`, receiver: `common.engine`.
 """
 
@@ -22,7 +24,7 @@ class Continue(Struct, frozen=True, tag=True):
 
 
 class WeightFiles(Struct, frozen=True, tag=True):
-    """Tensors in safetensors files, by the names of a checkpoint: in a checkpoint's folder, or in one file."""
+    """Tensors in safetensors files, by the names of a checkpoint: in a folder, which has all of them, or in one file."""
 
     path: str
 
@@ -53,7 +55,10 @@ class CheckWeights(Struct, frozen=True, tag=True):
 
 
 class LoadWeights(Struct, frozen=True, tag=True):
-    """Check a source again, and take its tensors; the group must be paused. `Done.num_left`: what cannot be trusted."""
+    """Check a source again, and take its tensors. After a failure any tensor may be half old and half new.
+
+    `Done.num_left`: how many cannot be trusted; while there are some, no step is planned.
+    """
 
     serial: int
     source: WeightSource
@@ -68,7 +73,10 @@ class SetWeightVersion(Struct, frozen=True, tag=True):
 
 
 class JoinWeightGroup(Struct, frozen=True, tag=True, kw_only=True):
-    """Join a torch process group; each rank as number `rank_offset` plus its own. Blocks until all members are there."""
+    """Join a torch process group, whose number 0 is the trainer; each rank as number `rank_offset` plus its own.
+
+    Blocks until all members are there. One of the same name is left before.
+    """
 
     serial: int
     group: str
@@ -77,6 +85,8 @@ class JoinWeightGroup(Struct, frozen=True, tag=True, kw_only=True):
     rank_offset: int
     world_size: int
     backend: Literal["nccl", "gloo"]
+    deadline_s: float
+    """For joining, and later for each update that comes this way."""
 
 
 class LeaveWeightGroup(Struct, frozen=True, tag=True):
@@ -89,25 +99,55 @@ class LeaveWeightGroup(Struct, frozen=True, tag=True):
 MemoryKind = Literal["weights", "kv_cache"]
 
 
+class AwaitIdle(Struct, frozen=True, tag=True):
+    """Done when no request is open and no KV page has an owner but the prefix cache; an error if that is not so in time.
+
+    Other orders are carried out meanwhile.
+    """
+
+    serial: int
+    deadline_s: float
+
+
 class ReleaseMemory(Struct, frozen=True, tag=True):
-    """Give the device's memory back; the group must be paused. Weights wait in host memory; KV pages must have no owner."""
+    """Give the device's memory back; refused unless the group is idle. Weights wait in host memory; what KV pages held is lost.
+
+    With any kind, what was captured for steps goes too, and with the KV pool the way to other workers. From then on no step is
+    planned, until `WarmUp`.
+    """
 
     serial: int
     kinds: tuple[MemoryKind, ...]
 
 
 class ResumeMemory(Struct, frozen=True, tag=True):
-    """Take the memory again."""
+    """Take the memory again, at another address; if there is not enough, `Done.error` says so, and it may be tried again."""
 
     serial: int
     kinds: tuple[MemoryKind, ...]
 
 
-class StartProfile(Struct, frozen=True, tag=True):
-    """Record what the ranks do, until `StopProfile`, into files in `folder`."""
+class WarmUp(Struct, frozen=True, tag=True):
+    """All memory is back: capture again what steps need, and open the way to other workers. All groups must do so at once."""
+
+    serial: int
+
+
+ProfileActivity = Literal["CPU", "GPU"]
+
+
+class StartProfile(Struct, frozen=True, tag=True, kw_only=True):
+    """Record what the ranks do, until `StopProfile` or for `num_steps` steps, each into a file of its own.
+
+    That is `FOLDER/KIND-RANK.trace.json.gz`, with a number behind the rank's name if it is there already.
+    """
 
     serial: int
     folder: str
+    kind: str
+    """Of the worker."""
+    activities: tuple[ProfileActivity, ...]
+    num_steps: int | None = None
 
 
 class StopProfile(Struct, frozen=True, tag=True):
@@ -124,8 +164,10 @@ Order = (
     | SetWeightVersion
     | JoinWeightGroup
     | LeaveWeightGroup
+    | AwaitIdle
     | ReleaseMemory
     | ResumeMemory
+    | WarmUp
     | StartProfile
     | StopProfile
 )

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from common.config import EngineOptions, ModelOptions, ServerOptions
+from common.config import EngineOptions, ModelOptions, RegistrationOptions, ServerOptions
 from transfer.config import TransferOptions
 
 
@@ -13,3 +13,4 @@ class DecodeConfig(Struct, frozen=True):
     engine: EngineOptions
     transfer: TransferOptions
     server: ServerOptions
+    registration: RegistrationOptions

@@ -16,10 +16,11 @@ from common.wire import ControlDialer, EngineChannel, engine_endpoint
 from decode_worker.config import DecodeConfig
 from decode_worker.process import read_config
 from decode_worker.worker import DecodeWorker
+from transfer.commands import ReceiverMailbox
 from transfer.config import read_secret
-from transfer.endpoint import Mailbox, TransferThread
+from transfer.endpoint import Mailbox, TransferCounts, TransferThread
 from transfer.group import open_agent
-from transfer.hand import open_hand
+from transfer.hand import Hand, open_hand
 from transfer.receiver import Receiver
 
 
@@ -29,24 +30,22 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
 
 
 def _lead(parts: EngineParts, config: DecodeConfig, mates: Mates) -> None:
+    secret = read_secret(config.transfer)
     channel = EngineChannel(engine_endpoint(mates.folder, mates.rank.group))
     engine = build_engine(config.model, config.engine, chunked_prefill_tokens=0, mates=mates, parts=parts)
-    peer_id = new_peer_id("decode")
-    link: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(
-        peer_id, PrefillToDecode, secret=read_secret(config.transfer)
-    )
-    receiver = Receiver(
-        open_agent(peer_id, engine.kv_pool.info(), mates.rank, mates.folder),
-        link,
-        Mailbox(link.wake, channel.wake),
-        config.transfer,
-        peer_id=peer_id,
-        weight_version=engine.weight_version,
-    )
+    mailbox: ReceiverMailbox = Mailbox(channel.wake)
+    counts = TransferCounts()
+
+    def open_receiver() -> Receiver:
+        peer_id = new_peer_id("decode")
+        agent = open_agent(peer_id, engine.kv_pool.info(), mates.rank, mates.folder)
+        link: ControlDialer[PrefillToDecode, DecodeToPrefill] = ControlDialer(peer_id, PrefillToDecode, secret=secret)
+        return Receiver(agent, link, mailbox, config.transfer, peer_id=peer_id, counts=counts)
+
     worker = DecodeWorker(
         engine,
-        receiver.mailbox,
-        receiver,
+        mailbox,
+        counts,
         channel.send,
         verify_rows=config.engine.verify_rows,
         wake=channel.wake,
@@ -56,7 +55,7 @@ def _lead(parts: EngineParts, config: DecodeConfig, mates: Mates) -> None:
         channel,
         engine,
         worker,
-        TransferThread(receiver, channel.wake),
+        TransferThread(open_receiver, channel.wake),
         overlap=config.engine.overlap,
         watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
@@ -65,8 +64,11 @@ def _lead(parts: EngineParts, config: DecodeConfig, mates: Mates) -> None:
 
 def _follow(parts: EngineParts, config: DecodeConfig, mates: Mates) -> None:
     follower = build_follower(config.model, config.engine, chunked_prefill_tokens=0, mates=mates, parts=parts)
-    hand = open_hand(new_peer_id("decode"), follower.forward.kv_pool.info(), mates.rank, mates.folder)
-    thread = TransferThread(hand, mates.wake_follower)
+
+    def open_own_hand() -> Hand:
+        return open_hand(new_peer_id("decode"), follower.forward.kv_pool.info(), mates.rank, mates.folder)
+
+    thread = TransferThread(open_own_hand, mates.wake_follower)
     serve_follower(follower, thread, shutdown_deadline_s=config.server.shutdown_deadline_s)
 
 

@@ -12,8 +12,8 @@ from common.engine.collector import RowCollector, Rows
 from common.engine.engine import Engine
 from common.engine.loop import Reply
 from common.engine.step import Sampled
-from common.errors import RequestFailed, RowsError
-from common.messages import ErrorReport, Failed, Finished, FinishReason, Leg, StopAt, Tokens
+from common.errors import MixedVersions, RequestFailed, RowsError
+from common.messages import EndCause, ErrorReport, Failed, Finished, FinishReason, Leg, StopAt, Tokens
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepPlan
 from decode_worker.scheduler import DecodeScheduler, Siblings
@@ -23,8 +23,8 @@ from decode_worker.swap import SwapSpace
 class Holder(Protocol):
     """The role around the samples: what only it knows of them."""
 
-    def forget(self, request: Request) -> None:
-        """The sample is leaving: drop what the role keeps of it, and whatever brings its KV."""
+    def forget(self, request: Request, *, is_retracted: bool) -> None:
+        """The sample is leaving, retracted or for good: drop what the role keeps of it, and whatever brings its KV."""
 
     def is_quiet(self, request: Request) -> bool:
         """Whether nobody else may touch its pages any more; if not, the role calls `let_go` again once that is so."""
@@ -98,11 +98,10 @@ class Generation:
         for request in self._unanswered(rid):
             self.leave(request)
 
-    def finish_now(self, rid: str) -> None:
+    def finish_now(self, rid: str, cause: EndCause) -> None:
         """Answer each sample with what it has."""
         for request in self._unanswered(rid):
-            message = f"aborted by request {self._stage_of(request)}"
-            self.finish(request, FinishReason(type="abort", message=message, cause="requested"))
+            self.finish(request, FinishReason.early(cause, self._stage_of(request)))
 
     def _stage_of(self, request: Request) -> str:
         """Say how far an unanswered sample is."""
@@ -127,8 +126,8 @@ class Generation:
         start = request.message.options.routed_experts_start_len if self._leg is None else request.num_prompt_tokens
         # A prompt that is only scored may be shorter than where its rows are to begin.
         stop = max(start, request.num_prompt_tokens + len(request.output_ids) - 1)
-        if reason.type == "abort" and not request.output_ids:
-            self._answer(request, reason, None)  # aborted before its first token
+        if _has_nothing(request, reason):
+            self._answer(request, reason, None)
         elif request.state is RequestState.SWAPPED:
             swapped = self._swap_space.rows_of(request, start, stop)
             self._collector.collect_swapped(request, swapped, start, lambda rows: self._answer(request, reason, rows))
@@ -143,6 +142,7 @@ class Generation:
         elif isinstance(rows, RowsError):
             self.fail(request, ErrorReport.of(rows, leg=self._leg, stage="decode", rid=request.rid))
         else:
+            stop = 0 if _has_nothing(request, reason) else request.num_prompt_tokens + len(request.output_ids) - 1
             finished = Finished(
                 rid=request.rid,
                 index=request.index,
@@ -154,10 +154,11 @@ class Generation:
                 prompt_logprobs=request.prompt_logprobs() if self._leg is None else None,
                 finish_reason=reason,
                 rows=None if rows is None else rows.header,
+                weight_versions=request.versions_of(0, stop),
                 timings=request.timings,
             )
             self._reply(finished, *(() if rows is None else (rows.data,)))
-            self.leave(request)
+            self.leave(request, is_retracted=reason.is_retracted)
 
     def fail(self, request: Request, error: ErrorReport) -> None:
         """One sample's failure is the failure of all."""
@@ -178,14 +179,32 @@ class Generation:
             else:
                 self.let_go(request)
 
-    def leave(self, request: Request) -> None:
+    def fail_versions(self, weight_version: str) -> None:
+        """The engine goes on under these weights: fail what others have begun, and may not mix them.
+
+        A resumed sample in the middle of its prompt begins again: its answer would not say what weights have computed that KV.
+        """
+        for request in [request for samples in self._open.values() for request in samples]:
+            if request.state is RequestState.COLLECTING or request.is_all_of(weight_version):
+                continue
+            if not request.may_go_on_under(weight_version):
+                self.fail_mixed(request, weight_version)
+            elif request.is_resumed and request.state is RequestState.RECEIVING:
+                self.finish(request, FinishReason.early("retracted", self._stage_of(request)))
+
+    def fail_mixed(self, request: Request, weight_version: str) -> None:
+        """Fail a sample that these weights would have to go on with, and may not; that is no leg's fault."""
+        error = MixedVersions((*request.versions, weight_version))
+        self.fail(request, ErrorReport.of(error, rid=request.rid))
+
+    def leave(self, request: Request, *, is_retracted: bool = False) -> None:
         """The sample has been answered, or nobody waits for an answer; it keeps only what is still in use."""
         unanswered = self._open[request.rid]
         unanswered.discard(request)
         if not unanswered:
             del self._open[request.rid]
         self._scheduler.remove(request)
-        self._holder.forget(request)
+        self._holder.forget(request, is_retracted=is_retracted)
         self.let_go(request)
 
     def let_go(self, request: Request) -> None:
@@ -201,3 +220,8 @@ class Generation:
             self._collector.forget(request)
             self._seats.give_back_pages(request)
             request.advance(RequestState.ENDED)
+
+
+def _has_nothing(request: Request, reason: FinishReason) -> bool:
+    """Whether the sample was aborted before its first token."""
+    return reason.type == "abort" and not request.output_ids

@@ -24,6 +24,7 @@ from common.messages import (
     FinishNow,
     FlushCache,
     Generate,
+    RoomCode,
     Stats,
     StopAt,
 )
@@ -81,7 +82,7 @@ class DecodeWorker:
             case Abort():
                 self._generation.abort(message.rid)
             case FinishNow():
-                self._generation.finish_now(message.rid)
+                self._generation.finish_now(message.rid, message.cause)
             case StopAt():
                 self._generation.stop_at(message)
             case FlushCache():
@@ -153,6 +154,11 @@ class DecodeWorker:
             )
             self._generation.fail(request, ErrorReport.of(error, rid=request.rid))
             return
+        request.prompt_versions = event.prompt_versions
+        version = self._engine.weight_version
+        if not request.message.options.allow_mixed_versions and event.prompt_versions != (version,):
+            self._generation.fail_mixed(request, version)
+            return
         request.timings |= {
             "pd_decode_wait_duration": event.wait_seconds,
             "pd_transfer_duration": event.write_seconds,
@@ -195,10 +201,14 @@ class DecodeWorker:
         """Fetch the KV of whoever can be seated, then plan a step for those that run."""
         for siblings in self._scheduler.admit():
             self._fetch(siblings)
+        self.rest()
+        return self._scheduler.plan()
+
+    def rest(self) -> None:
+        """Have the KV of newcomers without a seat kept for them."""
         for siblings in self._newcomers:
             self._reserve(siblings)
         self._newcomers.clear()
-        return self._scheduler.plan()
 
     def _reserve(self, siblings: Siblings) -> None:
         """Have the prompt's KV kept for samples that wait for a seat."""
@@ -216,7 +226,7 @@ class DecodeWorker:
             if request.state is not RequestState.RUNNING:
                 self._generation.let_go(request)
                 continue
-            request.computed_tokens = entry.stop
+            request.settle(entry.start, entry.stop, result.weight_version)
             [sampled] = outcome.sampled
             self._generation.take_token(request, sampled)
 
@@ -224,22 +234,29 @@ class DecodeWorker:
         """Fail the samples that the step was for."""
         self._generation.fail_step(plan, error)
 
+    def on_weights_changed(self) -> None:
+        """Fail the samples that other weights have begun and that may not go on; there is no prefix cache here."""
+        self._generation.fail_versions(self._engine.weight_version)
+
+    def on_kv_lost(self) -> None:
+        """Nothing is kept between requests."""
+
     # -------------------------------------------------------------------------------------------- endings
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: Request, *, is_retracted: bool) -> None:
         """Stop waiting for its KV."""
         self._arrived.pop(request, None)
         self._leaders.pop(request, None)
         if request.state in (RequestState.QUEUED, RequestState.RECEIVING):
-            self._cancel_rooms((request,))
+            self._cancel_rooms((request,), "retracted" if is_retracted else "leg_failed")
 
-    def _cancel_rooms(self, samples: Siblings) -> None:
+    def _cancel_rooms(self, samples: Siblings, code: RoomCode = "leg_failed") -> None:
         """Let the prefill worker know that nobody waits for these samples' KV any more."""
         for request in samples:
             bootstrap = request.message.bootstrap
             if bootstrap is not None:
                 room = bootstrap.rooms[request.index]
-                self._mailbox.submit(CancelKv(room, _source_of(bootstrap), bootstrap.room))
+                self._mailbox.submit(CancelKv(room, _source_of(bootstrap), bootstrap.room, code))
 
     def is_quiet(self, request: Request) -> bool:
         """Whether no peer writes into its pages any more; while one may, the sample is in quarantine."""
@@ -257,6 +274,11 @@ class DecodeWorker:
     def is_needed(self) -> bool:
         """No other worker waits for anything of this one."""
         return False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sample is open, and no page in quarantine."""
+        return not (self._generation.num_open or self._rooms or self._seats.holders)
 
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Final, assert_never
 
+from common.engine.background import NoBackground
 from common.engine.collector import RowCollector
 from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
@@ -50,22 +51,13 @@ MAX_CHUNK_STEPS: Final = 8
 """Steps of prompt chunks in a row while somebody waits for a token."""
 
 
-class NoTransfer:
+class NoTransfer(NoBackground):
     """What a transfer is where there is none: nothing to count and nothing to run."""
 
     num_rooms = 0
     num_writes = 0
     num_bytes = 0
     num_dropped = 0
-
-    def start(self) -> None:
-        """There is no thread."""
-
-    def check(self) -> None:
-        """Nothing can have failed."""
-
-    def stop(self, timeout_s: float) -> None:
-        """There is no thread."""
 
 
 class AggregatedWorker:
@@ -116,7 +108,7 @@ class AggregatedWorker:
             case Abort():
                 self._generation.abort(message.rid)
             case FinishNow():
-                self._generation.finish_now(message.rid)
+                self._generation.finish_now(message.rid, message.cause)
             case StopAt():
                 self._generation.stop_at(message)
             case FlushCache():
@@ -153,6 +145,9 @@ class AggregatedWorker:
         self._num_chunk_steps = 0
         return self._decode.plan()
 
+    def rest(self) -> None:
+        """Nobody waits for anything that a prompt without a step could do."""
+
     def on_settled(self, result: StepResult) -> None:
         """Take each sample's token, and see which prompts are computed; what has ended meanwhile is let go."""
         for entry, outcome in zip(result.plan.entries, result.outcomes, strict=True):
@@ -160,9 +155,9 @@ class AggregatedWorker:
             request.steps_in_flight -= 1
             match request.state:
                 case RequestState.RECEIVING:
-                    self._take_chunk(entry, outcome)
+                    self._take_chunk(entry, outcome, result.weight_version)
                 case RequestState.RUNNING:
-                    request.computed_tokens = entry.stop
+                    request.settle(entry.start, entry.stop, result.weight_version)
                     [sampled] = outcome.sampled
                     self._generation.take_token(request, sampled)
                 case _:
@@ -172,9 +167,20 @@ class AggregatedWorker:
         """Fail the samples that the step was for."""
         self._generation.fail_step(plan, error)
 
-    def _take_chunk(self, entry: StepEntry, outcome: Outcome) -> None:
+    def on_weights_changed(self) -> None:
+        """Forget what other weights have computed: the cached prompts, and the samples that were begun and may not go on."""
+        if self._cache is not None:
+            self._cache.clear()
+        self._generation.fail_versions(self._engine.weight_version)
+
+    def on_kv_lost(self) -> None:
+        """Forget the cached prompts."""
+        if self._cache is not None:
+            self._cache.clear()
+
+    def _take_chunk(self, entry: StepEntry, outcome: Outcome, weight_version: str) -> None:
         prompt = entry.request
-        prompt.computed_tokens = entry.stop
+        prompt.settle(entry.start, entry.stop, weight_version)
         prompt.prompt_scores += outcome.scored.logprobs
         prompt.prompt_tops += outcome.scored.top_logprobs
         if entry.stop == prompt.num_prompt_tokens:
@@ -187,10 +193,11 @@ class AggregatedWorker:
     def _remember(self, prompt: Request) -> None:
         """Keep the prompt's full pages for later prompts that begin alike.
 
-        Not if the cache knows its beginning on other pages by now. Then this prompt's would hang below pages that it does not
-        hold itself, and hold them in the cache for as long as it runs; and the eldest request could want for them.
+        Not if other weights than the engine's have computed some of it. Nor if the cache knows its beginning on other pages
+        by now. Then this prompt's would hang below pages that it does not hold itself, and hold them in the cache for as long
+        as it runs; and the eldest request could want for them.
         """
-        if self._cache is None:
+        if self._cache is None or not prompt.is_all_of(self._engine.weight_version):
             return
         known = self._cache.match(prompt.prompt)
         self._engine.allocator.release(known)
@@ -227,6 +234,7 @@ class AggregatedWorker:
                 engine.host_cache.commit(engine.host_cache.reserve(slots), rows[written])
         for request in others:
             request.computed_tokens, request.cached_tokens = num_tokens, prompt.cached_tokens
+            request.version_changes = list(prompt.version_changes)
             request.prompt_scores, request.prompt_tops = prompt.prompt_scores, prompt.prompt_tops
             request.timings = prompt.timings
         self._change_rows(prompt, others[0])
@@ -245,7 +253,7 @@ class AggregatedWorker:
 
     # -------------------------------------------------------------------------------------------- endings
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: Request, *, is_retracted: bool) -> None:
         """Its prompt is not to be computed any further."""
         if self._prompts.pop(request, None) is not None:
             self._prefill.remove(request)
@@ -260,6 +268,11 @@ class AggregatedWorker:
     def is_needed(self) -> bool:
         """No other worker waits for anything of this one."""
         return False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no sample is open."""
+        return not (self._generation.num_open or self._seats.holders)
 
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""

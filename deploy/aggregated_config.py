@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Struct
 
-from common.config import EngineOptions, ModelOptions, ServerOptions, option, parse_config
+from common.config import EngineOptions, ModelOptions, RegistrationOptions, ServerOptions, option, parse_config
 
 
 class AggregatedOptions(Struct, frozen=True, kw_only=True):
@@ -23,6 +23,7 @@ class AggregatedConfig(Struct, frozen=True):
     engine: EngineOptions
     aggregated: AggregatedOptions
     server: ServerOptions
+    registration: RegistrationOptions
 
 
 def read_config(argv: list[str]) -> AggregatedConfig:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from msgspec import Struct
 
-from common.config import EngineOptions, ModelOptions, ServerOptions, option
+from common.config import EngineOptions, ModelOptions, RegistrationOptions, ServerOptions, option
 from transfer.config import TransferOptions
 
 
@@ -31,3 +31,4 @@ class PrefillConfig(Struct, frozen=True):
     prefill: PrefillOptions
     transfer: TransferOptions
     server: ServerOptions
+    registration: RegistrationOptions

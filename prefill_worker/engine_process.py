@@ -16,10 +16,11 @@ from common.wire import ControlListener, EngineChannel, engine_endpoint
 from prefill_worker.config import PrefillConfig
 from prefill_worker.process import read_config
 from prefill_worker.worker import PrefillWorker
+from transfer.commands import SenderMailbox
 from transfer.config import read_secret
-from transfer.endpoint import Mailbox, TransferThread
+from transfer.endpoint import Mailbox, TransferCounts, TransferThread
 from transfer.group import open_agent
-from transfer.hand import open_hand
+from transfer.hand import Hand, open_hand
 from transfer.sender import Sender
 
 
@@ -29,14 +30,14 @@ def main(argv: list[str], parts: EngineParts = EngineParts()) -> None:
 
 
 def _lead(parts: EngineParts, config: PrefillConfig, mates: Mates) -> None:
-    host, group = config.prefill.bootstrap_host, mates.rank.group
-    link: ControlListener[DecodeToPrefill, PrefillToDecode] = ControlListener(
-        host,
-        config.prefill.bootstrap_port + group,
-        DecodeToPrefill,
-        secret=read_secret(config.transfer, listens_on=host),
-    )
-    channel = EngineChannel(engine_endpoint(mates.folder, group))
+    host, port = config.prefill.bootstrap_host, config.prefill.bootstrap_port + mates.rank.group
+    secret = read_secret(config.transfer, listens_on=host)
+
+    def listen() -> ControlListener[DecodeToPrefill, PrefillToDecode]:
+        return ControlListener(host, port, DecodeToPrefill, secret=secret)
+
+    listen().close()  # an address that cannot be had is said before the model is loaded
+    channel = EngineChannel(engine_endpoint(mates.folder, mates.rank.group))
     engine = build_engine(
         config.model,
         config.engine,
@@ -44,21 +45,26 @@ def _lead(parts: EngineParts, config: PrefillConfig, mates: Mates) -> None:
         mates=mates,
         parts=parts,
     )
-    peer_id = new_peer_id("prefill")
-    sender = Sender(
-        open_agent(peer_id, engine.kv_pool.info(), mates.rank, mates.folder),
-        link,
-        Mailbox(link.wake, channel.wake),
-        config.transfer,
-        peer_id=peer_id,
-        weight_version=engine.weight_version,
-        dp=mates.rank.of.dp,
-    )
+    mailbox: SenderMailbox = Mailbox(channel.wake)
+    counts = TransferCounts()
+
+    def open_sender() -> Sender:
+        peer_id, link = new_peer_id("prefill"), listen()
+        return Sender(
+            open_agent(peer_id, engine.kv_pool.info(), mates.rank, mates.folder),
+            link,
+            mailbox,
+            config.transfer,
+            peer_id=peer_id,
+            dp=mates.rank.of.dp,
+            counts=counts,
+        )
+
     worker = PrefillWorker(
         engine,
         config.prefill,
-        sender.mailbox,
-        sender,
+        mailbox,
+        counts,
         channel.send,
         verify_rows=config.engine.verify_rows,
         wake=channel.wake,
@@ -68,7 +74,7 @@ def _lead(parts: EngineParts, config: PrefillConfig, mates: Mates) -> None:
         channel,
         engine,
         worker,
-        TransferThread(sender, channel.wake),
+        TransferThread(open_sender, channel.wake),
         overlap=config.engine.overlap,
         watchdog_s=config.engine.watchdog_s,
         shutdown_deadline_s=config.server.shutdown_deadline_s,
@@ -83,8 +89,11 @@ def _follow(parts: EngineParts, config: PrefillConfig, mates: Mates) -> None:
         mates=mates,
         parts=parts,
     )
-    hand = open_hand(new_peer_id("prefill"), follower.forward.kv_pool.info(), mates.rank, mates.folder)
-    thread = TransferThread(hand, mates.wake_follower)
+
+    def open_own_hand() -> Hand:
+        return open_hand(new_peer_id("prefill"), follower.forward.kv_pool.info(), mates.rank, mates.folder)
+
+    thread = TransferThread(open_own_hand, mates.wake_follower)
     serve_follower(follower, thread, shutdown_deadline_s=config.server.shutdown_deadline_s)
 
 

@@ -14,10 +14,11 @@ from common.engine.engine import Engine
 from common.engine.loop import Reply, RoleMessage
 from common.engine.reports import TransferCounters, make_stats
 from common.engine.step import Sampled, StepResult
-from common.errors import LegFailed, RequestError, RequestFailed, RowsError
+from common.errors import LegFailed, MixedVersions, RequestError, RequestFailed, Retracted, RowsError
 from common.memory.prefix_cache import PrefixCache
 from common.messages import (
     Abort,
+    EndCause,
     ErrorReport,
     Failed,
     Finished,
@@ -26,11 +27,13 @@ from common.messages import (
     FirstToken,
     FlushCache,
     Generate,
+    ReportedError,
     Stats,
     StopAt,
 )
 from common.scheduling.request import Request, RequestState
 from common.scheduling.step_plan import StepEntry, StepPlan
+from common.versions import names
 from prefill_worker.config import PrefillOptions
 from prefill_worker.flushes import Flushes
 from prefill_worker.scheduler import PrefillScheduler
@@ -87,7 +90,7 @@ class PrefillWorker:
             case FinishNow():
                 request = self._requests.get(message.rid)
                 if request is not None and request.state is not RequestState.COLLECTING:
-                    self._finish_early(request)
+                    self._finish_early(request, message.cause)
             case FlushCache():
                 self._flushes.ask(message.serial, len(self._requests))
             case StopAt():
@@ -120,8 +123,8 @@ class PrefillWorker:
     def _on_room_closed(self, event: RoomClosed) -> None:
         request = self._rooms.pop(event.room)
         if request.state in (RequestState.QUEUED, RequestState.RUNNING):
-            error = LegFailed(event.error or "the room closed early", leg=event.leg, stage="transfer")
-            self._fail(request, error)
+            failure = Retracted if event.code == Retracted.code else LegFailed
+            self._fail(request, failure(event.error or "the room closed early", leg=event.leg, stage="transfer"))
         elif request.state is RequestState.LEASED:
             self._let_go(request)
 
@@ -131,6 +134,9 @@ class PrefillWorker:
         """Ask the scheduler."""
         return self._scheduler.plan()
 
+    def rest(self) -> None:
+        """Nobody waits for anything that a prompt without a step could do."""
+
     def on_settled(self, result: StepResult) -> None:
         """Hand over the pages that the step has completed, and answer the prompts that it has ended."""
         for entry, outcome in zip(result.plan.entries, result.outcomes, strict=True):
@@ -139,7 +145,7 @@ class PrefillWorker:
             if request.state is not RequestState.RUNNING:
                 self._let_go(request)
                 continue
-            request.computed_tokens = entry.stop
+            request.settle(entry.start, entry.stop, result.weight_version)
             request.prompt_scores += outcome.scored.logprobs
             request.prompt_tops += outcome.scored.top_logprobs
             self._report_pages(entry)
@@ -155,6 +161,26 @@ class PrefillWorker:
             else:
                 self._let_go(entry.request)
 
+    def on_weights_changed(self) -> None:
+        """Forget what other weights have computed: the cached prompts, and those that were begun and may not go on.
+
+        A resumed one begins again: its answer does not say what weights have computed the KV below its last token.
+        """
+        if self._cache is not None:
+            self._cache.clear()
+        version = self._engine.weight_version
+        for request in list(self._scheduler.running):
+            if not request.may_go_on_under(version):
+                report = ErrorReport.of(MixedVersions((*request.versions, version)), rid=request.rid)
+                self._fail(request, ReportedError(report))  # ready, so that it is no leg's
+            elif request.is_resumed and not request.is_all_of(version):
+                self._finish_early(request, "retracted")
+
+    def on_kv_lost(self) -> None:
+        """Forget the cached prompts."""
+        if self._cache is not None:
+            self._cache.clear()
+
     def _report_pages(self, entry: StepEntry) -> None:
         request, page_size = entry.request, self._engine.capacity.page_size
         # The first chunk brings the cached prefix along.
@@ -169,12 +195,13 @@ class PrefillWorker:
         """The prompt is computed: hand each sample over, keep the prompt for later ones, and gather the rows."""
         computed_at = time.perf_counter()
         request.timings["pd_prefill_forward_duration"] = computed_at - request.started_at
+        versions = names(request.versions_of(0, request.num_prompt_tokens))
         for room, (token_id, logprob, top_logprobs) in zip(request.rooms, sampled, strict=False):
             first_token = FirstToken(token_id=token_id, logprob=logprob, top_logprobs=top_logprobs)
-            self._mailbox.submit(FinishRoom(room, first_token, computed_at))
+            self._mailbox.submit(FinishRoom(room, first_token, computed_at, versions))
         self._scheduler.remove(request)
         request.advance(RequestState.COLLECTING)
-        if self._cache is not None:
+        if self._cache is not None and request.is_all_of(self._engine.weight_version):
             self._cache.insert(request.prompt, request.pages)
         self._num_tokens_cached += request.cached_tokens
         # A prompt that is only scored yields P - 1 rows: its last token would be the input of a step that never comes.
@@ -198,6 +225,7 @@ class PrefillWorker:
                 prompt_logprobs=request.prompt_logprobs(),
                 finish_reason=FinishReason(type="length", length=min(1, len(sampled))),
                 rows=None if rows is None else rows.header,
+                weight_versions=request.versions_of(0, request.num_prompt_tokens - (not sampled)),
                 timings=request.timings,
             )
             self._reply(finished, *(() if rows is None else (rows.data,)))
@@ -205,11 +233,10 @@ class PrefillWorker:
 
     # -------------------------------------------------------------------------------------------- endings
 
-    def _finish_early(self, request: Request) -> None:
+    def _finish_early(self, request: Request, cause: EndCause) -> None:
         """Somebody asked for the end before the prompt was done: there is no token, and no complete rows."""
         where = "while queued" if request.state is RequestState.QUEUED else "in prefill"
-        message = f"aborted by request {where}"
-        reason = FinishReason(type="abort", message=message, cause="requested")
+        reason = FinishReason.early(cause, where)
         finished = Finished(
             rid=request.rid,
             prompt_tokens=request.num_prompt_tokens,
@@ -219,7 +246,7 @@ class PrefillWorker:
             finish_reason=reason,
         )
         self._reply(finished)
-        self._give_up(request, message)
+        self._give_up(request, reason.message or "", "retracted" if reason.is_retracted else "leg_failed")
 
     def _fail(self, request: Request, error: Exception) -> None:
         report = ErrorReport.of(error, leg="prefill", stage="prefill", rid=request.rid)
@@ -262,6 +289,11 @@ class PrefillWorker:
     def is_needed(self) -> bool:
         """Whether a decode worker still waits for a prompt's KV."""
         return bool(self._rooms)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no prompt is open, and no transfer."""
+        return not (self._requests or self._rooms or self._seats.holders)
 
     def stats(self, serial: int) -> Stats:
         """Recount the pages and report the counters."""

@@ -1,36 +1,40 @@
 """One prompt as attempts: workers are picked, an attempt runs, and what failed may be tried again elsewhere.
 
-    pick -> legs begin -> answer, or events
-     ^        |
-     |        '- failure: blame its leg, abort the others -> told the client anything, or hopeless? -> error
-     '---- pause at random ----- no: again, under a new rid and new rooms
+    gate -> pick -> legs begin -> answer, or events
+     ^                |
+     |                '- failure: blame its leg, abort the others -> told the client anything, or hopeless? -> error
+     '------- pause at random ------- no: again, under a new rid and new rooms
 
 Only what is nobody's answer yet is tried again, and only a failure that another pair, or a later moment, may not have. A
 retry repeats itself: the seed was drawn before. Rows that were refused are never tried again, nor legs that disagree: that is
-a defect to be heard of. Neighbours: `generate_api`, `openai_api` and `streaming` (ask), `pair` and `alone` (run an attempt),
+a defect to be heard of. A prompt that was retracted before it had anything is nobody's failure, and starts again as often as
+that happens. Neighbours: `resume` (asks, and goes on with what was retracted later), `pair` and `alone` (run an attempt), `gate`,
 `membership` (picks), `aborts`.
 """
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
 from contextlib import ExitStack, aclosing, contextmanager
 
 from msgspec.structs import replace
 
-from common.errors import TandemError
+from common.errors import MEMORY_RELEASED, Retracted, TandemError
 from common.ids import new_rid
-from common.messages import ErrorReport, ReportedError, WorkerKind
+from common.messages import ErrorReport, ReportedError
 from common.protocol.generate import Sample
 from router.aborts import Aborts
 from router.alone import Alone
-from router.combine import Answer
+from router.combine import Answer, never_begun
 from router.events import SampleEvent
-from router.leg_run import Attempt, leg_on
-from router.membership import Membership, Worker
+from router.gate import Gate
+from router.leg_run import Attempt, estimated_tokens, leg_on
+from router.membership import Membership
 from router.metrics import RouterMetrics
 from router.pair import Pairs
-from router.registry import OpenSample, Registry
+from router.registry import OpenSample
+from router.seam import starts_over
+from router.worker import Worker
 
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
@@ -45,14 +49,14 @@ def may_pass(report: ErrorReport) -> bool:
 
 
 class Attempts:
-    """Runs prompts. Whatever goes wrong is raised as ReportedError, with the prompt's rid."""
+    """Runs prompts. Whatever goes wrong is raised as ReportedError."""
 
     def __init__(
         self,
         pairs: Pairs,
         alone: Alone,
         membership: Membership,
-        registry: Registry,
+        gate: Gate,
         aborts: Aborts,
         metrics: RouterMetrics,
         *,
@@ -61,66 +65,95 @@ class Attempts:
         self._pairs = pairs
         self._alone = alone
         self._membership = membership
-        self._registry = registry
+        self._gate = gate
         self._aborts = aborts
         self._metrics = metrics
         self._max_retries = max_retries
 
     async def answer(
-        self, sample: Sample, *, deadline: float, as_base64: bool = False, max_retries: int | None = None
+        self,
+        sample: Sample,
+        entry: OpenSample,
+        *,
+        deadline: float,
+        as_base64: bool = False,
+        max_retries: int | None = None,
     ) -> list[Answer]:
-        """Run a prompt to the end of all its n samples. `deadline` is in the event loop's time; `as_base64` is how rows leave."""
-        with self._prompt(sample, deadline, max_retries) as prompt:
-            while True:
+        """Run a prompt to the end of all its n samples, or until they are retracted.
+
+        `deadline` is in the event loop's time; `as_base64` is how rows leave.
+        """
+        with self._prompt(sample, entry, deadline, max_retries) as prompt:
+            while await prompt.may_begin():
                 with prompt.attempt() as attempt:
                     if len(attempt.runs) == 1:
                         answers = await self._alone.answer(attempt)
                     else:
                         answers = await self._pairs.answer(attempt, as_base64=as_base64)
+                    _start_over(sample, answers)
                     for answer in answers:
                         self._metrics.count_rows(answer.rows)
                     return answers
                 await prompt.pause()
+            return [never_begun(sample)] * sample.options.sampling.n
 
-    async def stream(self, sample: Sample, *, deadline: float) -> AsyncGenerator[SampleEvent, None]:
+    async def stream(self, sample: Sample, entry: OpenSample, *, deadline: float) -> AsyncGenerator[SampleEvent, None]:
         """Run a prompt: the events of its tokens as they come, with the client's rid, and an Answer as each sample's last one.
 
-        Close the generator when done with it (`contextlib.aclosing`).
+        Those of samples that were retracted come last. Close the generator when done with it (`contextlib.aclosing`).
         """
-        with self._prompt(sample, deadline) as prompt:
-            while True:
+        with self._prompt(sample, entry, deadline) as prompt:
+            while await prompt.may_begin():
                 with prompt.attempt() as attempt:
                     run = self._alone.stream if len(attempt.runs) == 1 else self._pairs.stream
+                    retracted: dict[int, Answer] = {}
                     async with aclosing(run(attempt)) as events:
                         async for event in events:
+                            number, content = event
+                            if isinstance(content, Answer) and content.finish_reason.is_retracted:
+                                retracted[number] = content
+                                continue
                             prompt.is_told = True
-                            if isinstance(event.content, Answer):
-                                self._metrics.count_rows(event.content.rows)
+                            if isinstance(content, Answer):
+                                self._metrics.count_rows(content.rows)
                             yield event
+                    if not prompt.is_told:
+                        _start_over(sample, retracted.values())
+                    for number, answer in retracted.items():
+                        self._metrics.count_rows(answer.rows)
+                        yield SampleEvent(number, answer)
                     return
                 await prompt.pause()
+            for number in range(sample.options.sampling.n):
+                yield SampleEvent(number, never_begun(sample))
 
     @contextmanager
-    def _prompt(self, sample: Sample, deadline: float, max_retries: int | None = None) -> Iterator["_Prompt"]:
-        """Keep a prompt open as long as it lasts, and make its failure the client's error."""
-        with self._registry.entered(sample.rid) as entry:
-            retries_left = self._max_retries if max_retries is None else max_retries
-            prompt = _Prompt(sample, entry, deadline, retries_left, self._pick, self._aborts, self._metrics)
-            try:
-                yield prompt
-            except TandemError as error:
-                report = replace(prompt.told(ErrorReport.of(error)), rid=sample.rid)
-                self._metrics.failures.labels(report.leg or "none", report.code).inc()
-                raise ReportedError(report) from error
+    def _prompt(
+        self, sample: Sample, entry: OpenSample, deadline: float, max_retries: int | None = None
+    ) -> Iterator["_Prompt"]:
+        """Make a prompt's failure say how often it was tried."""
+        retries_left = self._max_retries if max_retries is None else max_retries
+        prompt = _Prompt(sample, entry, deadline, retries_left, self._pick, self._gate, self._aborts, self._metrics)
+        try:
+            yield prompt
+        except TandemError as error:
+            raise ReportedError(prompt.told(ErrorReport.of(error))) from error
 
     def _pick(self, sample: Sample, failed: list[Worker]) -> tuple[Worker, ...]:
         """Pick the workers of an attempt. A prompt that asks for no tokens needs no decode worker."""
-        roles: tuple[WorkerKind, ...] = ("prefill", "decode")
+        pick = self._membership.pick
         if not self._membership.has_pairs:
-            roles = ("aggregated",)
-        elif sample.options.sampling.max_new_tokens == 0:
-            roles = ("prefill",)
-        return tuple(self._membership.pick(role, failed) for role in roles)
+            return (pick("aggregated", sample, failed=failed),)
+        prefill = pick("prefill", sample, failed=failed)
+        if sample.options.sampling.max_new_tokens == 0:
+            return (prefill,)
+        return prefill, pick("decode", sample, failed=failed, version=prefill.weight_version)
+
+
+def _start_over(sample: Sample, answers: Collection[Answer]) -> None:
+    """Raise Retracted if all samples start over, of whom nothing was told: they can as one prompt."""
+    if answers and all(starts_over(sample, answer) for answer in answers):
+        raise Retracted("all samples were retracted", stage="generate")
 
 
 class _Prompt:
@@ -133,6 +166,7 @@ class _Prompt:
         deadline: float,
         retries_left: int,
         pick: Callable[[Sample, list[Worker]], tuple[Worker, ...]],
+        gate: Gate,
         aborts: Aborts,
         metrics: RouterMetrics,
     ) -> None:
@@ -143,11 +177,17 @@ class _Prompt:
         self._deadline = deadline
         self._retries_left = retries_left
         self._pick = pick
+        self._gate = gate
         self._aborts = aborts
         self._metrics = metrics
         self._num_attempts = 0
         self._failed: list[Worker] = []
         self._last: ErrorReport | None = None
+
+    async def may_begin(self) -> bool:
+        """Wait at the gate; says whether an attempt is to begin, and not if somebody wants the prompt's end."""
+        await self._gate.wait(self._entry, self._deadline)
+        return not self._entry.is_aborted
 
     @contextmanager
     def attempt(self) -> Iterator[Attempt]:
@@ -158,8 +198,9 @@ class _Prompt:
             # What failed says more than that there is nobody left to try.
             raise ReportedError(self._last or ErrorReport.of(error)) from error
         self._num_attempts += 1
+        tokens = estimated_tokens(self._sample)
         with ExitStack() as stack:
-            runs = tuple(stack.enter_context(leg_on(worker)) for worker in workers)
+            runs = tuple(stack.enter_context(leg_on(worker, tokens)) for worker in workers)
             attempt = Attempt(self._sample, self._entry, new_rid(), runs)
             stack.enter_context(self._entry.attempted(attempt.rid, workers))
             stack.callback(self._abort_unended, attempt)
@@ -185,6 +226,9 @@ class _Prompt:
         if asyncio.get_running_loop().time() + pause_s >= self._deadline:
             raise ReportedError(last)
         await asyncio.sleep(pause_s)
+        if last.code == Retracted.code:
+            self._metrics.resumed.labels("prompt").inc()
+            return
         # Somebody who wants its end wants no other attempt.
         if self._entry.is_aborted:
             raise ReportedError(last)
@@ -203,7 +247,7 @@ class _Prompt:
         if culprit is None or (report.status < 500 and report.status != 429):
             return report
         self._failed.append(culprit.worker)
-        if report.status == 429:
+        if report.status == 429 or report.code == MEMORY_RELEASED:
             return report
         culprit.failed()
         if culprit.worker.url in report.message:
@@ -211,7 +255,9 @@ class _Prompt:
         return replace(report, message=f"{report.message} ({culprit.worker.label})")
 
     def _may_go_on(self, last: ErrorReport) -> bool:
-        return not self.is_told and self._retries_left > 0 and may_pass(last)
+        if self.is_told:
+            return False
+        return last.code == Retracted.code or (self._retries_left > 0 and may_pass(last))
 
     def _abort_unended(self, attempt: Attempt) -> None:
         for worker in attempt.unended():

@@ -6,15 +6,16 @@ HTTP. Neighbours: `pair` (runs the legs), `ahead` (checks their rows), `merge`.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
-from common.errors import LegFailed, MissingRows
-from common.messages import FinishReason, Leg, RowBlock
+from common.errors import LegFailed, MissingRows, MixedVersions, RowsMismatch
+from common.messages import FinishReason, Leg, RowBlock, VersionSpan
 from common.protocol.generate import Sample
 from common.protocol.legs import LegReply, TopLogprobItems
 from common.protocol.logprobs import LogprobItem
+from common.versions import Spans, cover, cut, join, names
 from router.ahead import Arrived
 from router.merge import merge
 
@@ -41,10 +42,15 @@ class Answer(Struct, frozen=True, kw_only=True):
     output_ids: list[int]
     finish_reason: FinishReason
     weight_version: str
+    """The last ones' of `weight_versions`, or the worker's."""
+    weight_versions: Spans
+    """Which weights have computed the positions `[0, P+G-1)`."""
     logprobs: Logprobs
     rows: RowBlock | None
     lead: Sequence[bytes] = ()
     """The first slices of the rows' base64, in the form that the sample asks for, as far as they were made ahead."""
+    prompt_ids: list[int] | None = None
+    """Of a sample that was retracted and has tokens: the prompt, in the worker's words."""
     timings: dict[str, float]
 
 
@@ -53,46 +59,55 @@ async def combine_pair(
 ) -> Answer:
     """Join the prefill leg's reply and the decode leg's one for sample `index` of the prompt.
 
-    `lead` is base64 of the prefill leg's rows. Raises LegFailed if the legs answer different prompts or their logprobs are
-    not whole, RowsError if rows are missing or do not fit together.
+    `lead` is base64 of the prefill leg's rows. Raises LegFailed if the legs answer different prompts, or their logprobs or
+    weight versions are not whole, MixedVersions if these are several and may not be, RowsError if rows are missing or do not
+    fit together.
     """
     prefill, decode = prefill_leg.reply, decode_leg.reply
-    if is_unfinished(decode):
+    if decode.is_unfinished:
         return combine_unfinished(sample, decode)
     _check_agreement(sample, index, prefill, decode)
     _check_logprobs(sample, "decode", decode)
     _check_prompt_logprobs(sample, "prefill", prefill)
+    _check_prompt_ids("decode", decode)
     prompt_tokens, output_ids = prefill.meta_info.prompt_tokens, decode.output_ids
+    last = prompt_tokens + len(output_ids) - 1
+    _check_versions("prefill", prefill, 0, prompt_tokens)
+    _check_versions("decode", decode, prompt_tokens, last)
+    versions = joined_versions(sample, [*prefill.meta_info.weight_versions, *decode.meta_info.weight_versions])
     rows = None
     if sample.options.return_routed_experts:
         start = sample.options.routed_experts_start_len
-        stop = max(start, prompt_tokens + len(output_ids) - 1)
         blocks = [_rows_of("prefill", prefill_leg), _rows_of("decode", decode_leg)]
-        rows = await _merged(blocks, start=start, stop=stop)
-    return _answer(sample, prefill, decode, rows, lead)
+        rows = await merged_rows(blocks, versions, start=start, stop=max(start, last))
+    return _answer(sample, prefill, decode, versions, rows, lead)
 
 
 async def combine_whole(sample: Sample, leg: Leg | None, arrived: Arrived) -> Answer:
     """Make the answer of a sample that one worker has run alone: of an aggregated one, or a prompt that was only scored.
 
-    Raises LegFailed if its logprobs are not whole, RowsError if rows are missing.
+    Raises LegFailed if its logprobs or weight versions are not whole, MixedVersions if these are several and may not be,
+    RowsError if rows are missing.
     """
     reply = arrived.reply
-    if is_unfinished(reply):
+    if reply.is_unfinished:
         return combine_unfinished(sample, reply)
     _check_logprobs(sample, leg, reply)
     _check_prompt_logprobs(sample, leg, reply)
+    _check_prompt_ids(leg, reply)
+    last = reply.meta_info.prompt_tokens + len(reply.output_ids) - 1
+    _check_versions(leg, reply, 0, last)
+    versions = joined_versions(sample, reply.meta_info.weight_versions)
     rows = None
     if sample.options.return_routed_experts:
         start = sample.options.routed_experts_start_len
-        stop = max(start, reply.meta_info.prompt_tokens + len(reply.output_ids) - 1)
-        rows = await _merged([_rows_of(leg, arrived)], start=start, stop=stop)
-    return _answer(sample, reply, reply, rows)
+        rows = await merged_rows([_rows_of(leg, arrived)], versions, start=start, stop=max(start, last))
+    return _answer(sample, reply, reply, versions, rows)
 
 
 def combine_unfinished(sample: Sample, aborted: LegReply) -> Answer:
-    """Make the answer of a sample that somebody aborted before it had a token: no output, and no rows at all."""
-    assert is_unfinished(aborted)
+    """Make the answer of a sample that was ended, for good or for later, before it had a token: no output and no rows."""
+    assert aborted.is_unfinished
     meta = aborted.meta_info
     return Answer(
         rid=sample.rid,
@@ -102,15 +117,28 @@ def combine_unfinished(sample: Sample, aborted: LegReply) -> Answer:
         output_ids=[],
         finish_reason=meta.finish_reason,
         weight_version=meta.weight_version,
+        weight_versions=(),
         logprobs=Logprobs(output_token_logprobs=[] if sample.options.return_logprob else None),
         rows=None,
         timings=aborted.leg.timings,
     )
 
 
-def is_unfinished(leg: LegReply) -> bool:
-    """Say whether the leg was ended by an abort before it had a token."""
-    return leg.is_aborted and not leg.output_ids
+def never_begun(sample: Sample) -> Answer:
+    """Make the answer of a sample that somebody aborted while no worker had it: of a text nobody has counted the tokens."""
+    return Answer(
+        rid=sample.rid,
+        prompt_tokens=len(sample.input_ids or ()),
+        cached_tokens=0,
+        text="",
+        output_ids=[],
+        finish_reason=FinishReason.early("requested", "in the router"),
+        weight_version="",
+        weight_versions=(),
+        logprobs=Logprobs(output_token_logprobs=[] if sample.options.return_logprob else None),
+        rows=None,
+        timings={},
+    )
 
 
 def _check_agreement(sample: Sample, index: int, prefill: LegReply, decode: LegReply) -> None:
@@ -153,6 +181,31 @@ def _check_prompt_logprobs(sample: Sample, leg: Leg | None, reply: LegReply) -> 
             raise _incomplete(leg, f"{count} {name} for {expected} prompt tokens")
 
 
+def _check_prompt_ids(leg: Leg | None, reply: LegReply) -> None:
+    """Check that a sample that is to go on says what its prompt was."""
+    num_ids = len(reply.leg.prompt_ids or ())
+    if reply.is_retracted and num_ids != reply.meta_info.prompt_tokens:
+        message = (
+            f"the {_name_of(leg)} was retracted with {num_ids} ids of {reply.meta_info.prompt_tokens} prompt tokens"
+        )
+        raise LegFailed(message, leg=leg, stage="merge")
+
+
+def _check_versions(leg: Leg | None, reply: LegReply, start: int, stop: int) -> None:
+    """Check that the leg says of each of its positions which weights have computed it."""
+    if not cover(reply.meta_info.weight_versions, start, stop):
+        message = f"the {_name_of(leg)}'s weight versions do not cover its positions [{start}, {stop})"
+        raise LegFailed(message, leg=leg, stage="merge")
+
+
+def joined_versions(sample: Sample, versions: Iterable[VersionSpan]) -> Spans:
+    """Join what the legs say of their weights. Raises MixedVersions if the sample may not have been computed so."""
+    spans = join(versions)
+    if len(spans) > 1 and not sample.options.allow_mixed_versions:
+        raise MixedVersions(names(spans))
+    return spans
+
+
 def _incomplete(leg: Leg | None, what: str) -> LegFailed:
     return LegFailed(f"the {_name_of(leg)}'s logprobs are not whole: {what}", leg=leg, stage="merge")
 
@@ -167,14 +220,24 @@ def _rows_of(leg: Leg | None, arrived: Arrived) -> RowBlock:
     return arrived.rows
 
 
-async def _merged(blocks: list[RowBlock], *, start: int, stop: int) -> RowBlock:
+async def merged_rows(blocks: list[RowBlock], versions: Spans, *, start: int, stop: int) -> RowBlock:
+    """Merge the legs' rows, whose headers must name the same weights as the legs do."""
     if sum(len(block.data) for block in blocks) > _LARGE_ROWS_BYTES:
-        return await asyncio.to_thread(merge, blocks, start=start, stop=stop)
-    return merge(blocks, start=start, stop=stop)
+        rows = await asyncio.to_thread(merge, blocks, start=start, stop=stop)
+    else:
+        rows = merge(blocks, start=start, stop=stop)
+    if rows.header.weight_versions != cut(versions, start, stop):
+        raise RowsMismatch(f"the rows [{start}, {stop}) name other weight versions than their legs", stage="merge")
+    return rows
 
 
 def _answer(
-    sample: Sample, prefill: LegReply, decode: LegReply, rows: RowBlock | None, lead: Sequence[bytes] = ()
+    sample: Sample,
+    prefill: LegReply,
+    decode: LegReply,
+    versions: Spans,
+    rows: RowBlock | None,
+    lead: Sequence[bytes] = (),
 ) -> Answer:
     prompt, output = prefill.meta_info, decode.meta_info
     return Answer(
@@ -184,7 +247,8 @@ def _answer(
         text=decode.text,
         output_ids=decode.output_ids,
         finish_reason=output.finish_reason,
-        weight_version=output.weight_version,
+        weight_version=versions[-1].weight_version if versions else output.weight_version,
+        weight_versions=versions,
         logprobs=Logprobs(
             input_token_logprobs=prompt.input_token_logprobs,
             input_top_logprobs=prompt.input_top_logprobs,
@@ -193,5 +257,6 @@ def _answer(
         ),
         rows=rows,
         lead=lead,
+        prompt_ids=decode.leg.prompt_ids,
         timings={**prefill.leg.timings, **decode.leg.timings},
     )

@@ -5,18 +5,17 @@ It reads no socket. Neighbours: `common.config` (flags, TOML and help derive fro
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from common.config import ServerOptions, option, parse_config
+from common.config import ServerOptions, check_url, option, parse_config
 from common.errors import UsageError
 
-PolicyName = Literal["random", "round_robin", "least_loaded"]
+PolicyName = Literal["random", "round_robin", "least_loaded", "power_of_two", "cache_aware", "consistent_hashing"]
 
 
 class RouterOptions(Struct, frozen=True, kw_only=True):
-    """The workers, and how requests are spread over them."""
+    """The workers of the start, and how requests are spread over them; others join by POST /workers."""
 
     prefill: Annotated[
         tuple[tuple[str, int], ...],
@@ -27,11 +26,24 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
         tuple[str, ...],
         option("an aggregated worker's URL, in the place of prefill and decode workers; repeatable", metavar="URL"),
     ] = ()
-    policy: Annotated[PolicyName, option("how a prefill and a decode worker are picked")] = "least_loaded"
+    policy: Annotated[
+        PolicyName,
+        option("how workers are picked; a request with a routing key goes by consistent hashing in any case"),
+    ] = "least_loaded"
+    balance_abs_threshold: Annotated[
+        int,
+        option("cache_aware: legs that a worker may have more than the least loaded one", unit="legs", ge=0),
+    ] = 32
+    balance_rel_threshold: Annotated[
+        float, option("cache_aware: how many times as many it may have; both must be exceeded", gt=0)
+    ] = 1.5
     verify_rows: Annotated[bool, option("check every routed-expert row once more after the merge")] = True
     max_retries: Annotated[
         int, option("how often a prompt is tried again if a leg fails before anything was sent to the client", ge=0)
     ] = 2
+    allow_mixed_versions: Annotated[
+        bool, option("let weights of several versions compute one answer, unless its request says otherwise")
+    ] = False
     breaker_failures: Annotated[
         int, option("failures in a row after which a worker gets no legs for a while", unit="failures", ge=1)
     ] = 5
@@ -62,6 +74,9 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
     control_deadline_s: Annotated[
         float, option("longest time that a worker may take to flush its cache or abort", unit="s", gt=0)
     ] = 30.0
+    weights_deadline_s: Annotated[
+        float, option("longest time that a worker may take for an order about weights or memory", unit="s", gt=0)
+    ] = 600.0
     worker_api_key: Annotated[str, option("the key that the workers ask for; empty: none")] = ""
     health_deadline_s: Annotated[float, option("longest time that GET /health_generate may take", unit="s", gt=0)] = (
         30.0
@@ -88,22 +103,14 @@ def parse_router_config(argv: list[str]) -> RouterConfig:
     for flag, urls in pairs:
         if urls and router.worker:
             raise UsageError(f"{flag}: there are pairs or aggregated workers (--worker), not both")
-        if not urls and not router.worker:
-            raise UsageError(f"{flag} is required, unless there are aggregated workers (--worker)")
+        if not urls and (router.prefill or router.decode):
+            raise UsageError(
+                f"{flag} is missing: name workers of both legs, or none, if they are to join by themselves"
+            )
     for flag, urls in (*pairs, ("--worker", router.worker)):
         for url in urls:
-            _check_url(flag, url)
+            check_url(flag, url)
     for _, port in config.router.prefill:
         if not 1 <= port <= 65535:
             raise UsageError(f"--prefill: bootstrap port {port} is not in [1, 65535]")
     return config
-
-
-def _check_url(flag: str, url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError as error:
-        raise UsageError(f"{flag} {url}: {error}") from error
-    if not usable or parts.query or parts.fragment:
-        raise UsageError(f"{flag} {url}: not a URL like http://host:port")

@@ -1,6 +1,6 @@
 """What a stream tells of a prompt's samples, whichever workers it comes from.
 
-Neighbours: `pair` and `alone` (make these), `attempts` and `streaming` (pass them on).
+Neighbours: `pair` and `alone` (make these), `attempts`, `resume` and `streaming` (pass them on).
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""POST /generate: parsed here, run by `attempts`, one call a prompt, and answered whole or as a stream.
+"""POST /generate: parsed here, run by `resume`, one call a prompt, and answered whole or as a stream.
 
 Neighbours: `replies` (what goes out), `streaming`, `intake` (counts the requests).
 """
@@ -12,29 +12,32 @@ from common.protocol.replies import wants_msgpack
 from common.server.admission import Admission
 from common.server.bodies import send_body
 from common.server.http import together
-from router.attempts import Attempts
 from router.intake import Times
 from router.replies import GenerateEvents, generate_body
+from router.resume import Resumed
+from router.routing_key import keyed
 from router.streaming import send_stream
 
 
 class GenerateApi:
     """POST /generate."""
 
-    def __init__(self, attempts: Attempts, admission: Admission) -> None:
-        self._attempts = attempts
+    def __init__(self, prompts: Resumed, admission: Admission, *, allow_mixed_versions: bool) -> None:
+        self._prompts = prompts
         self._admission = admission
+        self._allow_mixed_versions = allow_mixed_versions
 
     async def generate(self, request: web.Request, times: Times) -> tuple[web.StreamResponse, int]:
         """Answer one request."""
-        call = parse_generate(await request.read())
+        call = parse_generate(await request.read(), allow_mixed_versions=self._allow_mixed_versions)
+        call = keyed(call, request.headers)
         as_msgpack = wants_msgpack(request.headers.get("Accept"), stream=call.stream)
         with self._admission.admit(call.num_answers):
             if call.stream:
                 writer = GenerateEvents(is_list=call.is_list)
-                return await send_stream(request, call.samples, self._attempts, writer, times)
+                return await send_stream(request, call.samples, self._prompts, writer, times)
             running = [
-                self._attempts.answer(sample, deadline=times.deadline, as_base64=not as_msgpack)
+                self._prompts.answer(sample, deadline=times.deadline, as_base64=not as_msgpack)
                 for sample in call.samples
             ]
             answers = await together(running)

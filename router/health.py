@@ -5,11 +5,13 @@
     no connection             unhealthy at once: the process is gone, or about to be; its legs end by themselves
     no answer for a while     unhealthy, and its legs fail: a stopped process never closes its connections
 
-A worker counts as healthy until it has been asked for the first time, one interval after the start. Neighbours: `membership`
+A worker counts as healthy until it has been asked for the first time, one interval after it has come. The legs of one that
+says that it is paused get so much more time. Neighbours: `membership` (who there is; its leases' time passes here), `worker`
 (is told), `app` (runs this).
 """
 
 import asyncio
+import contextlib
 import json
 from typing import Annotated
 
@@ -17,10 +19,11 @@ import aiohttp
 import msgspec
 from msgspec import Meta, Struct
 
-from common.server.http import TAKES_NO_MORE, together
+from common.server.http import TAKES_NO_MORE
 from router.config import RouterOptions
 from router.legs import read_at_most
-from router.membership import Membership, Worker
+from router.membership import Membership
+from router.worker import Worker
 
 _MAX_ANSWER_BYTES = 2**16
 _MAX_REASON_CHARS = 300
@@ -31,6 +34,9 @@ class _Healthy(Struct):
     """What is read of a good answer."""
 
     dp_size: Annotated[int, Meta(ge=1, le=_MAX_GROUPS)] = 1
+    paused: bool = False
+    weight_version: str | None = None
+    model_path: str | None = None
 
 
 class HealthChecks:
@@ -42,12 +48,41 @@ class HealthChecks:
         self._options = options
 
     async def run(self) -> None:
-        """Ask for ever."""
-        await together([self._watch(worker) for worker in self._membership.workers])
+        """Ask for ever, all workers that there are at the moment."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._pass_time())
+            watches: dict[Worker, asyncio.Task[None]] = {}
+            while True:
+                self._membership.changed.clear()
+                workers = set(self._membership.workers)
+                for worker in watches.keys() - workers:
+                    watches.pop(worker).cancel()
+                for worker in workers - watches.keys():
+                    watches[worker] = tasks.create_task(self._watch(worker))
+                await self._membership.changed.wait()
+
+    async def ask_unwell(self) -> None:
+        """Ask the workers that are unhealthy once, now; one that does not answer in time is left as it was."""
+
+        async def ask(worker: Worker) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._options.health_timeout_s):
+                    await self._ask(worker)
+
+        await asyncio.gather(
+            *(ask(worker) for worker in self._membership.workers if worker.unhealthy_reason is not None)
+        )
+
+    async def _pass_time(self) -> None:
+        # Counted as in `_watch`: nobody could renew a lease while our own process was paused.
+        while True:
+            await asyncio.sleep(self._options.health_interval_s)
+            self._membership.pass_time(self._options.health_interval_s)
 
     async def _watch(self, worker: Worker) -> None:
         # Counted in what we meant to wait, so that a pause of our own process passes for nobody's silence.
-        options, silent_s = self._options, 0.0
+        options, silent_s, loop = self._options, 0.0, asyncio.get_running_loop()
+        last_answer = loop.time()
         while True:
             await asyncio.sleep(options.health_interval_s)
             silent_s += options.health_interval_s
@@ -61,6 +96,10 @@ class HealthChecks:
                 silent_s += timeout_s
             if has_answered:
                 silent_s = 0.0
+                now = loop.time()
+                if worker.is_paused:
+                    worker.postpone_legs(now - last_answer)
+                last_answer = now
             elif silent_s >= options.unhealthy_after_s:
                 reason = f"no answer to /health for {options.unhealthy_after_s:g} s"
                 worker.mark_unhealthy(reason, ends_legs=True)
@@ -78,22 +117,25 @@ class HealthChecks:
         except (aiohttp.ClientError, OSError):
             return False
         if response.status == 200:
-            worker.mark_healthy(_dp_size(body))
+            said = _read_good(body)
+            worker.mark_healthy(
+                said.dp_size, is_paused=said.paused, weight_version=said.weight_version, model=said.model_path
+            )
         else:
-            status, reason = _read(response.status, body)
+            status, reason = _read_bad(response.status, body)
             worker.mark_unhealthy(reason, ends_legs=status not in TAKES_NO_MORE)
         return True
 
 
-def _dp_size(body: bytearray) -> int:
-    """Read how many attention groups a healthy worker has; 1 if it does not say."""
+def _read_good(body: bytearray) -> _Healthy:
+    """Read what a healthy worker says of itself; the defaults if that is nothing of use."""
     try:
-        return msgspec.json.decode(body, type=_Healthy).dp_size
+        return msgspec.json.decode(body, type=_Healthy)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return 1
+        return _Healthy()
 
 
-def _read(http_status: int, body: bytearray) -> tuple[object, str]:
+def _read_bad(http_status: int, body: bytearray) -> tuple[object, str]:
     """Read a bad answer: the status in it, and the reason that it gives."""
     try:
         answer = json.loads(body)

@@ -13,11 +13,13 @@ from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-from common.errors import DeadlineExceeded, TandemError
+from common.errors import DeadlineExceeded, MixedVersions, Retracted, TandemError
 from common.messages import ErrorReport
 from common.protocol.generate import Sample
-from router.membership import Group, Worker
 from router.registry import OpenSample
+from router.worker import Group, Worker
+
+_CHARS_PER_TOKEN = 4
 
 Result = TypeVar("Result")
 Event = TypeVar("Event")
@@ -26,8 +28,10 @@ Event = TypeVar("Event")
 class LegRun:
     """A leg in flight. One task at a time waits for it."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, tokens: int = 0) -> None:
         self.worker = worker
+        self.tokens = tokens
+        """An estimate of what it computes, of prompt and output."""
         self.has_begun = False
         """Something of its stream has come."""
         self.has_ended = False
@@ -53,6 +57,12 @@ class LegRun:
         self._stage, self._within_s = stage, within_s
         self._due = asyncio.get_running_loop().time() + within_s
         self._rearm()
+
+    def postpone(self, seconds: float) -> None:
+        """Give it so much longer for what comes next: its worker was paused meanwhile."""
+        if self._due is not None:
+            self._due += seconds
+            self._rearm()
 
     def fail(self, error: TandemError) -> None:
         """End the leg: whoever waits for it, now or later, gets this error."""
@@ -105,15 +115,27 @@ class LegRun:
 
 
 @contextmanager
-def leg_on(worker: Worker) -> Iterator[LegRun]:
-    """Begin a leg, and count it as in flight as long as it lasts."""
-    run = LegRun(worker)
-    worker.in_flight.add(run)
+def leg_on(worker: Worker, tokens: int = 0) -> Iterator[LegRun]:
+    """Begin a leg of about so many tokens, and count it as in flight as long as it lasts."""
+    run = LegRun(worker, tokens)
+    worker.begin(run)
     try:
         yield run
     finally:
-        worker.in_flight.remove(run)
+        worker.end(run)
         run.close()
+
+
+def estimated_tokens(sample: Sample) -> int:
+    """Estimate how many tokens a prompt and its output have; the router has no tokenizer."""
+    if sample.input_ids is not None:
+        prompt = len(sample.input_ids)
+    elif sample.text is not None:
+        prompt = len(sample.text) // _CHARS_PER_TOKEN
+    else:
+        prompt = sum(len(str(message["content"])) for message in sample.messages or ()) // _CHARS_PER_TOKEN
+    sampling = sample.options.sampling
+    return prompt + sampling.n * sampling.max_new_tokens
 
 
 class Attempt(NamedTuple):
@@ -140,6 +162,6 @@ class Attempt(NamedTuple):
 
     def culprit(self, report: ErrorReport) -> LegRun | None:
         """Find the leg that an error is about; None if that is no single one, or nobody is to blame."""
-        if report.stage == "request":
+        if report.stage == "request" or report.code in (MixedVersions.code, Retracted.code):
             return None
         return next((run for run in self.runs if run.worker.leg == report.leg), None)

@@ -13,13 +13,13 @@ from typing import get_args
 import aiohttp
 import msgspec
 
-from common.errors import DeadlineExceeded, LegFailed
+from common.errors import DeadlineExceeded, LegFailed, MixedVersions
 from common.messages import ErrorReport, Leg, ReportedError
 from common.protocol.legs import LegReply, decode_error, decode_last_event, decode_samples
 from common.protocol.replies import MSGPACK, Reply
 from common.server.http import bearer
 from router.leg_run import LegRun
-from router.membership import Worker
+from router.worker import Worker
 
 _DONE = b"[DONE]"
 _MAX_DONE_BYTES = 16
@@ -170,9 +170,9 @@ async def _decoded_event(run: LegRun, data: bytearray) -> Reply | LegReply:
 
 
 def _checked(worker: Worker, reply: LegReply) -> LegReply:
-    """Take a reply that is an answer: one that was cut short is one only if somebody asked for that."""
+    """Take a reply that is an answer: one that was cut short is one only if somebody asked for that, for good or for later."""
     reason = reply.meta_info.finish_reason
-    if reason.type == "abort" and not reply.is_aborted:
+    if reason.type == "abort" and not (reply.is_aborted or reply.is_retracted):
         raise LegFailed(
             f"{worker.label} was aborted: {reason.message or reason.cause or 'it says not why'}",
             leg=worker.leg,
@@ -188,9 +188,12 @@ def _nonsense(worker: Worker, why: object) -> LegFailed:
 def _report(worker: Worker, status: int, body: bytes | bytearray) -> ErrorReport:
     """Make the client's error of a worker's: the client's own mistakes as they are, a failure as one of the leg's.
 
-    A transfer has two ends, and only the worker that tells of its failure knows at which one it failed.
+    A transfer has two ends, and only the worker that tells of its failure knows at which one it failed. That the weights
+    have changed is no leg's failure, whichever tells of it.
     """
     report = decode_error(status, body)
+    if report.code == MixedVersions.code:
+        return msgspec.structs.replace(report, status=MixedVersions.status, leg=None, stage="versions")
     if not (report.stage == "transfer" and report.leg in get_args(Leg)):
         report = msgspec.structs.replace(report, leg=worker.leg)
     if 400 <= status < 500:

@@ -8,15 +8,16 @@ Pure: it knows no leg, no request and no HTTP. It never overlays, never fills an
 calls it, `common.routed_experts.codec` gives the bytes their shape.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain, pairwise
 
 import numpy as np
-from msgspec.structs import replace
+from msgspec.structs import astuple, replace
 
 from common.errors import MissingRows, RowsMismatch
-from common.messages import RowBlock, RowHeader, VersionSpan
+from common.messages import RowBlock, RowHeader
 from common.routed_experts.codec import view
+from common.versions import Spans, cover, cut, join
 
 _SAME = ("dtype", "num_experts", "top_k", "layer_ids", "num_hidden_layers")
 
@@ -82,38 +83,13 @@ def _check_ranges(headers: Sequence[RowHeader], start: int, stop: int) -> None:
         raise MissingRows(f"routed-expert rows [{headers[-1].stop}, {stop}) are missing: after the last block")
 
 
-def _join_spans(headers: Sequence[RowHeader], stop: int) -> tuple[VersionSpan, ...]:
-    """Concatenate the blocks' version spans, cut them at `stop`, and join neighbours of one version."""
+def _join_spans(headers: Sequence[RowHeader], stop: int) -> Spans:
+    """Join the blocks' version spans, and cut them at `stop`."""
     for header in headers:
-        if not _covers(header):
+        if not cover(header.weight_versions, header.start, header.stop):
             raise RowsMismatch(
                 f"the weight versions of block [{header.start}, {header.stop}) do not cover it: "
-                f"{[list(_fields(span)) for span in header.weight_versions]}"
+                f"{[astuple(span) for span in header.weight_versions]}"
             )
-    joined: list[VersionSpan] = []
-    for span in _non_empty(chain.from_iterable(header.weight_versions for header in headers)):
-        if span.start >= stop:
-            break
-        cut = VersionSpan(span.start, min(span.stop, stop), span.weight_version)
-        if joined and joined[-1].weight_version == cut.weight_version:
-            cut = VersionSpan(joined.pop().start, cut.stop, cut.weight_version)
-        joined.append(cut)
-    return tuple(joined)
-
-
-def _covers(header: RowHeader) -> bool:
-    """Say whether the header's spans, one after the other, are exactly its range."""
-    position = header.start
-    for span in _non_empty(header.weight_versions):
-        if span.start != position or span.stop < span.start:
-            return False
-        position = span.stop
-    return position == header.stop
-
-
-def _non_empty(spans: Iterable[VersionSpan]) -> Iterable[VersionSpan]:
-    return (span for span in spans if span.start != span.stop)
-
-
-def _fields(span: VersionSpan) -> tuple[int, int, str]:
-    return span.start, span.stop, span.weight_version
+    spans = chain.from_iterable(header.weight_versions for header in headers)
+    return join(cut(spans, headers[0].start, stop))

@@ -12,7 +12,8 @@ from prometheus_client.registry import Collector
 
 from common.messages import RowBlock
 from router.breaker import BreakerState
-from router.membership import Membership, Worker
+from router.membership import Membership
+from router.worker import Worker
 
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 
@@ -42,6 +43,12 @@ class RouterMetrics:
             "tandem_router_retries",
             "Attempts after the first one, by the leg and the stage that failed",
             ["leg", "stage"],
+            registry=self.registry,
+        )
+        self.resumed = Counter(
+            "tandem_router_resumed",
+            "What was retracted and went on: samples from their tokens, samples or whole prompts from the beginning",
+            ["what"],
             registry=self.registry,
         )
         self._rows_returned = Counter(
@@ -82,6 +89,7 @@ class _Workers(Collector):
 
     def _family(self, name: str, what: str, value: Callable[[Worker], float]) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, what, labels=["role", "worker"])
-        for worker in self._membership.workers:
-            family.add_metric([worker.role, worker.url], value(worker))
+        # While one drains another may have its URL; a series that came twice would spoil them all.
+        for (role, url), worker in {(one.role, one.url): one for one in self._membership.workers}.items():
+            family.add_metric([role, url], value(worker))
         return family

@@ -7,10 +7,11 @@ router has no tokenizer. Neighbours: `common.protocol.openai` and `openai_replie
 
 import asyncio
 import logging
-from collections.abc import Callable
+from typing import Protocol
 
 import msgspec
 from aiohttp import web
+from msgspec.structs import replace
 
 from common.errors import TandemError
 from common.messages import ErrorReport
@@ -25,25 +26,32 @@ from common.protocol.openai import (
     parse_completion,
 )
 from common.protocol.openai_replies import Progress, choice, delta_choices, envelope, final_choice, now, usage
-from common.protocol.replies import Reply, encode_json, encode_msgpack, sse_event, wants_msgpack
+from common.protocol.replies import Reply, encode_json, encode_msgpack, sse_event, version_fields, wants_msgpack
 from common.server.admission import Admission
 from common.server.bodies import Body, BodyWriter, send_body
 from common.server.http import error_response, together
-from router.attempts import Attempts
 from router.combine import Answer
 from router.intake import Times
 from router.replies import sample_meta
+from router.resume import Resumed
+from router.routing_key import keyed
 from router.streaming import send_stream
 
 _log = logging.getLogger(__name__)
 
 
+class _Parse(Protocol):
+    def __call__(self, body: bytes, /, *, allow_mixed_versions: bool) -> OpenAICall:
+        """Read a body."""
+
+
 class OpenAIApi:
     """The two generating routes of OpenAI's API."""
 
-    def __init__(self, attempts: Attempts, admission: Admission) -> None:
-        self._attempts = attempts
+    def __init__(self, prompts: Resumed, admission: Admission, *, allow_mixed_versions: bool) -> None:
+        self._prompts = prompts
         self._admission = admission
+        self._allow_mixed_versions = allow_mixed_versions
 
     async def completions(self, request: web.Request, times: Times) -> tuple[web.StreamResponse, int]:
         """POST /v1/completions."""
@@ -54,17 +62,18 @@ class OpenAIApi:
         return await self._answered(request, times, parse_chat, CHAT_RENAMES)
 
     async def _answered(
-        self, request: web.Request, times: Times, parse: Callable[[bytes], OpenAICall], renames: Renames
+        self, request: web.Request, times: Times, parse: _Parse, renames: Renames
     ) -> tuple[web.StreamResponse, int]:
         """Answer, errors too: OpenAI's error object has more than ours."""
         try:
-            call = parse(await request.read())
+            call = parse(await request.read(), allow_mixed_versions=self._allow_mixed_versions)
+            call = replace(call, generate=keyed(call.generate, request.headers))
             as_msgpack = wants_msgpack(request.headers.get("Accept"), stream=call.generate.stream)
             with self._admission.admit(call.generate.num_answers):
                 if call.generate.stream:
                     writer = _Chunks(call, renames)
                     samples = call.generate.samples
-                    return await send_stream(request, samples, self._attempts, writer, times)
+                    return await send_stream(request, samples, self._prompts, writer, times)
                 return await self._send_whole(request, call, times, as_msgpack=as_msgpack), 200
         except TandemError as error:
             report = ErrorReport.of(error)
@@ -80,7 +89,7 @@ class OpenAIApi:
         # Of several prompts' rows only the first one's leave, unless every choice has its own.
         num_with_rows = len(samples) if call.return_meta_info else 1
         running = [
-            self._attempts.answer(sample, deadline=times.deadline, as_base64=not as_msgpack and index < num_with_rows)
+            self._prompts.answer(sample, deadline=times.deadline, as_base64=not as_msgpack and index < num_with_rows)
             for index, sample in enumerate(samples)
         ]
         answers = await together(running)
@@ -212,4 +221,5 @@ def _extension(sample: Sample, answer: Answer, writer: BodyWriter) -> Reply:
     """Make `sglext`, if there are rows."""
     if answer.rows is None:
         return {}
-    return {"sglext": writer.rows(answer.rows, sample.options.routed_experts_dtype, answer.lead)}
+    rows = writer.rows(answer.rows, sample.options.routed_experts_dtype, answer.lead)
+    return {"sglext": {**rows, **version_fields(answer.weight_versions, answer.weight_version)}}

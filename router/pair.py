@@ -6,9 +6,9 @@
              decode  --> event --> event --> last -> combine -> Answer
 
 The prefill leg runs once for all n samples of the prompt, and the decode leg runs all of them. A prompt that somebody
-aborts (`control`) ends with what its legs have. This knows no client, and of the reply's format only whether its rows are
-base64. Neighbours: `attempts` (picks the workers, and tries again), `alone` (the same over one worker), `legs` and `leg_run`
-(one leg), `ahead` (rows as they arrive), `combine` (joins the replies).
+aborts (`aborts`) ends with what its legs have, and so does one that is retracted, to go on later (`resume`). This knows no
+client, and of the reply's format only whether its rows are base64. Neighbours: `attempts` (picks the workers, and tries again),
+`alone` (the same over one worker), `legs` and `leg_run` (one leg), `ahead` (rows as they arrive), `combine` (joins the replies).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from common.protocol.generate import Sample
 from common.protocol.legs import LegReply, encode_leg
 from common.protocol.replies import Reply
 from router.ahead import Arrived, Lead, LeadEncoder, arrive
-from router.combine import Answer, combine_pair, combine_unfinished, is_unfinished
+from router.combine import Answer, combine_pair, combine_unfinished
 from router.config import RouterOptions
 from router.events import SampleEvent, progress_event
 from router.leg_run import Attempt, LegRun
@@ -87,12 +87,16 @@ class Pairs:
                     if not isinstance(event, LegReply):
                         yield progress_event(event, sample.rid)
                         continue
-                    if is_unfinished(event):
+                    if event.is_unfinished and not event.is_retracted:
                         raise _Unfinished(event)
-                    arrived = await self._arrived(sample, decode, event)
-                    await _until([prefill_leg], [prefill_leg])
-                    (prompt,), lead = prefill_leg.result(), await lead_so_far()
-                    yield SampleEvent(event.index, await combine_pair(sample, event.index, prompt, arrived, lead))
+                    if event.is_unfinished:
+                        answer = combine_unfinished(sample, event)
+                    else:
+                        arrived = await self._arrived(sample, decode, event)
+                        await _until([prefill_leg], [prefill_leg])
+                        (prompt,), lead = prefill_leg.result(), await lead_so_far()
+                        answer = await combine_pair(sample, event.index, prompt, arrived, lead)
+                    yield SampleEvent(event.index, answer)
                     running.remove(event.index)
             except _Unfinished as end:
                 behind = await _furthest_behind(end, prefill_leg)
@@ -100,9 +104,9 @@ class Pairs:
                     yield SampleEvent(index, combine_unfinished(sample, behind))
 
     async def _leg(self, sample: Sample, run: LegRun, body: bytes, *, n: int = 1) -> list[Arrived]:
-        """Run a leg that does not stream to its end. Raises _Unfinished if it was aborted before it had a token."""
+        """Run a leg that does not stream to its end. Raises _Unfinished if it was ended before it had a token."""
         replies = await run.wait(self._legs.fetch(run, body, n=n))
-        if is_unfinished(replies[0]):
+        if all(reply.is_unfinished for reply in replies):
             raise _Unfinished(replies[0])
         return [await self._arrived(sample, run, reply) for reply in replies]
 
@@ -150,18 +154,20 @@ class Pairs:
 
 
 class _Unfinished(Exception):
-    """A leg was ended before it had a token, because somebody asked for it: that is its prompt's answer."""
+    """A leg was ended before it had a token, because somebody asked for it, for good or for later: that is its prompt's answer."""
 
     def __init__(self, reply: LegReply) -> None:
-        super().__init__("aborted before the first token")
+        super().__init__("ended before the first token")
         self.reply = reply
 
 
 async def _furthest_behind(end: _Unfinished, prefill_leg: asyncio.Task[list[Arrived]]) -> LegReply:
     """Give the end that says where the prompt was: the prefill leg's, if that leg too was ended before it had a token.
 
-    The abort has reached one leg, and so is on its way to the other.
+    The abort has reached one leg, and so is on its way to the other. A prompt that starts again need not know.
     """
+    if end.reply.is_retracted:
+        return end.reply
     try:
         await _until([prefill_leg], [prefill_leg])
         prefill_leg.result()

@@ -1,34 +1,42 @@
 """The prompts that are open at the moment, by the names that their clients gave them.
 
-It sends nothing. Neighbours: `attempts` (enters every prompt here), `control` (finds here what /abort_request is to end).
+It sends nothing. Neighbours: `resume` (enters every prompt here), `attempts` (says where it runs), `aborts` and `control` (find
+here what is to end), `gate`.
 """
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from router.membership import Worker
+from router.worker import Worker
 
 
 @dataclass(slots=True, eq=False)
 class OpenSample:
-    """One prompt: the client's rid, and of its present attempt the legs' rid and where they run."""
+    """One prompt: the client's rid, and of each attempt that runs for it the legs' rid and their workers.
+
+    There is no attempt between two of them, and there may be one for each sample when these go on by themselves.
+    """
 
     rid: str
-    leg_rid: str = ""
-    workers: tuple[Worker, ...] = ()
-    """Empty between two attempts."""
-    is_aborted: bool = False
-    """Somebody has asked for its end."""
+    legs: dict[str, tuple[Worker, ...]] = field(default_factory=dict)
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when somebody has asked for its end; no further attempt begins."""
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether somebody has asked for its end."""
+        return self.aborted.is_set()
 
     @contextmanager
     def attempted(self, leg_rid: str, workers: tuple[Worker, ...]) -> Iterator[None]:
-        """Say where it runs, as long as that lasts."""
-        self.leg_rid, self.workers = leg_rid, workers
+        """Say where an attempt runs, as long as that lasts."""
+        self.legs[leg_rid] = workers
         try:
             yield
         finally:
-            self.workers = ()
+            del self.legs[leg_rid]
 
 
 class Registry:
@@ -47,10 +55,6 @@ class Registry:
             yield sample
         finally:
             del self._open[sample]
-
-    def is_open(self, sample: OpenSample) -> bool:
-        """Whether the prompt has not ended yet."""
-        return sample in self._open
 
     def matching(self, prefix: str) -> list[OpenSample]:
         """Find the prompts whose rid begins like this; the empty prefix finds them all."""

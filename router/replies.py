@@ -9,7 +9,7 @@ import msgspec
 
 from common.messages import ErrorReport
 from common.protocol.generate import Sample
-from common.protocol.replies import Reply, encode_json, encode_msgpack, error_fields, sse_event
+from common.protocol.replies import Reply, encode_json, encode_msgpack, error_fields, sse_event, version_fields
 from common.server.bodies import Body, BodyWriter
 from router.combine import Answer
 
@@ -22,7 +22,7 @@ def sample_meta(sample: Sample, answer: Answer, e2e_latency_s: float, writer: Bo
         "prompt_tokens": answer.prompt_tokens,
         "completion_tokens": len(answer.output_ids),
         "cached_tokens": answer.cached_tokens,
-        "weight_version": answer.weight_version,
+        **version_fields(answer.weight_versions, answer.weight_version),
         "e2e_latency": e2e_latency_s,
         **msgspec.to_builtins(answer.logprobs),
         **answer.timings,

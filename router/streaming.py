@@ -2,7 +2,7 @@
 
 Until the first event is there nothing is sent, so that an early failure still has its status. A later one becomes an
 event, and then the stream ends without `[DONE]`. It knows no dialect: whoever calls it brings a writer of events.
-Neighbours: `generate_api` and `openai_api` (call it), `attempts` (where the events come from).
+Neighbours: `generate_api` and `openai_api` (call it), `resume` (where the events come from).
 """
 
 import asyncio
@@ -18,9 +18,9 @@ from common.protocol.generate import Sample
 from common.protocol.replies import SSE_DONE, Reply
 from common.server.bodies import Body
 from common.server.http import EventStream, together
-from router.attempts import Attempts
 from router.combine import Answer
 from router.intake import Times
+from router.resume import Resumed
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class EventWriter(Protocol):
 async def send_stream(
     request: web.Request,
     samples: Sequence[Sample],
-    attempts: Attempts,
+    prompts: Resumed,
     writer: EventWriter,
     times: Times,
 ) -> tuple[web.StreamResponse, int]:
@@ -55,7 +55,7 @@ async def send_stream(
     turn = asyncio.Lock()
 
     async def relay(sample: Sample, first_index: int) -> None:
-        async with aclosing(attempts.stream(sample, deadline=times.deadline)) as events:
+        async with aclosing(prompts.stream(sample, deadline=times.deadline)) as events:
             async for number, content in events:
                 index = first_index + number
                 async with turn:

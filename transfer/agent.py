@@ -60,6 +60,9 @@ class TransferAgent(Protocol):
     def arrivals(self) -> list[tuple[str, bytes]]:
         """Tags of the writes that have landed here since the last call, with their senders' ids."""
 
+    def close(self) -> None:
+        """Let go of the memory and of all peers; nothing may be in progress, and nothing is called afterwards."""
+
 
 class RankAgent(TransferAgent, Protocol):
     """One rank's share of that: it writes its own heads, and with an empty tag it notifies nobody."""
@@ -117,12 +120,14 @@ class NixlAgent:
         # NIXL's progress thread spins on a core of its own, idle or not; `poll` and `arrivals` make progress as well, and
         # are called as long as anything is expected.
         config = nixl.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
-        self._agent = nixl.nixl_agent(name, config)
+        self._agent: Any = nixl.nixl_agent(name, config)
         self._memory = memory
         self._place = place
         self._group_size = group_size
         size = memory.num_pages * memory.page_bytes
-        self._agent.register_memory([(memory.base_address, size, memory.device_id, "kv_pool")], memory.memory)
+        self._registered = self._agent.register_memory(
+            [(memory.base_address, size, memory.device_id, "kv_pool")], memory.memory
+        )
         self.part = PoolPart(
             agent=name,
             agent_metadata=self._agent.get_agent_metadata(),
@@ -213,6 +218,19 @@ class NixlAgent:
     def arrivals(self) -> list[tuple[str, bytes]]:
         """NIXL's notifications, which follow their write's data."""
         return [(str(peer), tag) for peer, tags in self._agent.get_new_notifs().items() for tag in tags]
+
+    def close(self) -> None:
+        """Forget all peers and deregister the memory; NIXL's agent ends with the last reference to it."""
+        for peer in list(self._routes):
+            self.forget(peer)
+        try:
+            for own_pages in self._own_pages.values():
+                own_pages.release()
+            self._agent.deregister_memory(self._registered)
+        except Exception as error:
+            raise TransferError(f"NIXL does not let go of the KV pool: {error}") from error
+        self._own_pages.clear()
+        self._registered = self._agent = None
 
     def _note(self, write: _NixlWrite, handle: Any, state: str) -> None:
         """Keep what is in progress, and let go of what has ended."""

@@ -5,7 +5,7 @@ Neighbours: `prefill_worker.worker` and `sender`, `decode_worker.worker` and `re
 
 from msgspec import Struct
 
-from common.messages import ErrorReport, FirstToken, Leg
+from common.messages import ErrorReport, FirstToken, Leg, RoomCode
 from transfer.endpoint import Mailbox
 
 # ------------------------------------------------------------------------------------------------ prefill: sender
@@ -33,6 +33,8 @@ class FinishRoom(Struct, frozen=True):
     first_token: FirstToken
     computed_at: float
     """When the engine knew the token, by the sender's clock; what comes after it delays the request."""
+    prompt_versions: tuple[str, ...]
+    """Weights that have computed the prompt, in order."""
 
 
 class CancelRoom(Struct, frozen=True):
@@ -52,6 +54,7 @@ class RoomClosed(Struct, frozen=True):
     room: int
     error: str | None
     leg: Leg = "decode"
+    code: str = "leg_failed"
 
 
 SenderMailbox = Mailbox[SenderCommand, RoomClosed]
@@ -87,6 +90,7 @@ class CancelKv(Struct, frozen=True):
     room: int
     source: str
     first_room: int
+    code: RoomCode = "leg_failed"
 
 
 ReceiverCommand = ReserveKv | ReceiveKv | CancelKv
@@ -97,6 +101,7 @@ class KvArrived(Struct, frozen=True, kw_only=True):
 
     room: int
     first_token: FirstToken
+    prompt_versions: tuple[str, ...]
     wait_seconds: float
     """From asking until all was here, the prefill's own time included."""
     write_seconds: float

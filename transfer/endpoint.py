@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from msgspec import Struct
@@ -69,19 +70,35 @@ class DialingLink(Link[Inbound, Outbound], Protocol[Inbound, Outbound]):
         """Close the connection to a peer that was dialed."""
 
 
-class Mailbox(Generic[Command, Event]):
-    """The two deques between the engine's thread and the transfer's."""
+@dataclass(slots=True)
+class TransferCounts:
+    """What the endpoints of one engine count, one after the other: the transfer's thread writes it, the engine's reads it."""
 
-    def __init__(self, wake_transfer: Callable[[], None], wake_engine: Callable[[], None]) -> None:
+    num_rooms: int = 0
+    """Those that are open now."""
+    num_writes: int = 0
+    num_bytes: int = 0
+    num_dropped: int = 0
+
+
+class Mailbox(Generic[Command, Event]):
+    """The two deques between the engine's thread and the transfer's; the engine keeps it when its endpoint is another one."""
+
+    def __init__(self, wake_engine: Callable[[], None]) -> None:
         self._commands: deque[Command] = deque()
         self._events: deque[Event] = deque()
-        self._wake_transfer = wake_transfer
+        self._wake_transfer: Callable[[], None] | None = None
         self._wake_engine = wake_engine
+
+    def attach(self, wake_transfer: Callable[[], None] | None) -> None:
+        """Let commands wake an endpoint from now on; None: there is none, and they wait for the next."""
+        self._wake_transfer = wake_transfer
 
     def submit(self, command: Command) -> None:
         """Engine's thread: ask for something."""
         self._commands.append(command)
-        self._wake_transfer()
+        if self._wake_transfer is not None:
+            self._wake_transfer()
 
     def events(self) -> list[Event]:
         """Engine's thread: what has happened since the last call."""
@@ -98,7 +115,7 @@ class Mailbox(Generic[Command, Event]):
 
 
 class Endpoint(Protocol):
-    """A sender or a receiver."""
+    """A sender, a receiver or a hand."""
 
     def turn(self, now: float) -> None:
         """Handle all commands, messages, finished writes and deadlines that are due."""
@@ -106,23 +123,36 @@ class Endpoint(Protocol):
     def wait(self) -> None:
         """Sleep until there may be something to do."""
 
-    def close(self) -> None:
-        """Close the sockets once nothing that was posted is left; the agent goes with the process."""
+    def close(self) -> bool:
+        """Close agent and sockets once nothing that was posted is left; False if something is, which the process's end will end."""
 
 
 class TransferThread:
-    """Runs an endpoint until stopped. An exception in it is kept for the engine to raise: a half-dead worker is worse than none."""
+    """Runs an endpoint from `start` to `stop`; started again, it opens another one.
 
-    def __init__(self, endpoint: Endpoint, wake_engine: Callable[[], None]) -> None:
-        self._endpoint = endpoint
+    An exception in it is kept for the engine to raise: a half-dead worker is worse than none.
+    """
+
+    def __init__(self, open_endpoint: Callable[[], Endpoint], wake_engine: Callable[[], None]) -> None:
+        self._open_endpoint = open_endpoint
         self._wake_engine = wake_engine
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
+        self._thread: threading.Thread | None = None
+        self._has_closed = False
         self._failure: Exception | None = None
 
     def start(self) -> None:
-        """Start turning, and have the process's threads take turns often enough for it."""
+        """Open an endpoint and turn it, unless one is turning; the process's threads take turns often enough for it.
+
+        Raises what opening raises.
+        """
+        if self._thread is not None:
+            return
+        endpoint = self._open_endpoint()
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        self._stopping.clear()
+        self._has_closed = False
+        self._thread = threading.Thread(target=self._run, args=(endpoint,), name="transfer", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
@@ -130,21 +160,29 @@ class TransferThread:
         if self._failure is not None:
             raise TransferError("the transfer thread has failed") from self._failure
 
-    def stop(self, timeout_s: float) -> None:
-        """Stop turning and close the endpoint."""
+    def stop(self, timeout_s: float) -> bool:
+        """Stop turning and close the endpoint, if there is one; says whether nothing of it is left."""
+        if self._thread is None:
+            return True
         self._stopping.set()
         self._thread.join(timeout_s)
+        if not self._has_closed:
+            return False
+        self._thread = None
+        return True
 
-    def _run(self) -> None:
+    def _run(self, endpoint: Endpoint) -> None:
         try:
-            while not self._stopping.is_set():
-                self._endpoint.turn(time.monotonic())
-                self._endpoint.wait()
+            try:
+                while not self._stopping.is_set():
+                    endpoint.turn(time.monotonic())
+                    endpoint.wait()
+                endpoint.turn(time.monotonic())  # what was asked for before the end
+            finally:
+                self._has_closed = endpoint.close()
         except Exception as error:  # noqa: BLE001  the top of a thread: the engine's loop raises it
             self._failure = error
             self._wake_engine()
-        finally:
-            self._endpoint.close()
 
 
 def _drain(queue: deque[Item]) -> list[Item]:

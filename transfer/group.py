@@ -149,6 +149,11 @@ class GroupAgent:
                 self._link.send(rank, KeepLooking(LOOK_S))
         return self._own.arrivals()
 
+    def close(self) -> None:
+        """Close the leader's agent, and the talk with the hands, which close by themselves."""
+        self._own.close()
+        self._link.close()
+
     def _on_ended(self, message: WriteEnded) -> None:
         write = self._writes.get(message.serial)
         if write is None:

@@ -4,7 +4,7 @@
     hand -> leader   HandReady once, then WriteEnded for every WritePages
 
 A hand knows no room and decides nothing. It runs on the transfer's thread of a follower's process, as senders and receivers do
-in a leader's, and ends with the process. Neighbour: `transfer.group`, the other end.
+in a leader's, and is opened and closed with them. Neighbour: `transfer.group`, the other end.
 """
 
 import logging
@@ -143,9 +143,13 @@ class Hand:
         else:
             self._link.wait(LANDING_WAIT_S if self._now < self._looks_until else IDLE_WAIT_S)
 
-    def close(self) -> None:
-        """Close the link; what is in progress ends with the process."""
+    def close(self) -> bool:
+        """Close agent and link; what is in progress ends with the process."""
+        if self._writes:
+            return False
+        self._agent.close()
         self._link.close()
+        return True
 
     def _connect(self, message: Connect) -> None:
         try:

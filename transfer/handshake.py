@@ -9,7 +9,7 @@ from common.messages import Hello, HelloReply, PoolInfo, PoolPart
 from common.ranks import kv_heads_at
 from transfer.heads import can_split
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of the control messages; raised whenever one of them changes."""
 
 _MAX_ADDRESS = 2**63
@@ -18,14 +18,12 @@ _MAX_AGENT_NAME = 256
 _MAX_RANKS = 64
 
 
-def refusal_of(hello: Hello, own_pool: PoolInfo, own_weight_version: str) -> str | None:
+def refusal_of(hello: Hello, own_pool: PoolInfo) -> str | None:
     """Say why this peer cannot be served, or None if it can."""
     if hello.protocol != PROTOCOL:
         return f"control protocol {hello.protocol} here, {PROTOCOL} there"
     if hello.pool.layout != own_pool.layout:
         return f"KV layouts differ: {hello.pool.layout} on decode, {own_pool.layout} on prefill"
-    if hello.weight_version != own_weight_version:
-        return f"weight versions differ: {hello.weight_version!r} on decode, {own_weight_version!r} on prefill"
     return _nonsense_in(hello, own_pool)
 
 

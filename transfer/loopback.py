@@ -146,6 +146,10 @@ class LoopbackAgent:
         self._arrivals.clear()
         return arrived
 
+    def close(self) -> None:
+        """Be unknown."""
+        del self._network.agents[self.name]
+
 
 # ------------------------------------------------------------------------------------------------ control
 

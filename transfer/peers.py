@@ -26,11 +26,13 @@ class Peer:
 
     pool: PoolInfo
     heard_at: float
+    has_left: bool = False
+    """It has said so: nobody is behind this id any more."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether all of its ranks are proven to have ended."""
-        return all(is_gone(part.process) for part in self.pool.parts)
+        """Whether it has left, or all of its ranks are proven to have ended."""
+        return self.has_left or all(is_gone(part.process) for part in self.pool.parts)
 
     @property
     def agents(self) -> set[str]:
@@ -41,10 +43,9 @@ class Peer:
 class Peers:
     """All decode workers with a handshake, by their ids, and those that were refused one."""
 
-    def __init__(self, agent: TransferAgent, weight_version: str, silence_s: float) -> None:
+    def __init__(self, agent: TransferAgent, silence_s: float) -> None:
         self._agent = agent
         self._pool = agent.pool()
-        self._weight_version = weight_version
         self._silence_s = silence_s
         self._peers: dict[str, Peer] = {}
         self._refusals: dict[str, str] = {}
@@ -62,6 +63,11 @@ class Peers:
         if (known := self._peers.get(peer)) is not None:
             known.heard_at = now
 
+    def leave(self, peer: str) -> None:
+        """A worker has said that it is going."""
+        if (known := self._peers.get(peer)) is not None:
+            known.has_left = True
+
     def greet(self, peer: str, hello: Hello, now: float) -> str | None:
         """Take a worker in, or say why not."""
         refusal = self._greet(peer, hello, now)
@@ -76,7 +82,7 @@ class Peers:
     def _greet(self, peer: str, hello: Hello, now: float) -> str | None:
         if hello.peer != peer:
             return f"it calls itself {hello.peer} and connects as {peer}"
-        refusal = refusal_of(hello, self._pool, self._weight_version)
+        refusal = refusal_of(hello, self._pool)
         if refusal is None and peer not in self._peers and len(self._peers) >= _MAX_PEERS:
             refusal = f"{_MAX_PEERS} decode workers are known already"
         if refusal is None and peer in self._peers and self._peers[peer].pool != hello.pool:
@@ -98,7 +104,7 @@ class Peers:
         reasons: dict[str, str] = {}
         for peer, known in self._peers.items():
             if known.is_gone:
-                reasons[peer] = "the decode worker has died"
+                reasons[peer] = "the decode worker has left" if known.has_left else "the decode worker has died"
             elif now - known.heard_at > self._silence_s:
                 reasons[peer] = f"the decode worker has been silent for {self._silence_s:g} s"
         return reasons

@@ -28,11 +28,12 @@ from common.messages import (
     KvRequest,
     Leg,
     PrefillToDecode,
+    RoomCode,
 )
 from transfer.agent import TransferAgent
 from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink
+from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink, TransferCounts
 from transfer.handshake import PROTOCOL, is_sound
 from transfer.plan import WriteTag
 from transfer.sources import Life, Source, Sources
@@ -54,6 +55,8 @@ class _Room:
     """Who has been asked, and may write from then on."""
     greeted_again: bool = False
     state: ReceiverState = ReceiverState.REQUESTED
+    code: RoomCode = "leg_failed"
+    """What its end is called on the other side if this one gives it up."""
     landed: set[int] = field(default_factory=set)
     """Serials of the writes whose notification is here."""
     done: KvDone | None = None
@@ -70,22 +73,22 @@ class Receiver:
         options: TransferOptions,
         *,
         peer_id: str,
-        weight_version: str,
+        counts: TransferCounts | None = None,
     ) -> None:
+        """`counts` goes on from what others have counted in it."""
         self._agent = agent
         self._link = link
         self.mailbox = mailbox
+        mailbox.attach(link.wake)
+        self.counts = counts or TransferCounts()
         self._pool = agent.pool()
         self._options = options
-        hello = Hello(peer=peer_id, protocol=PROTOCOL, pool=self._pool, weight_version=weight_version)
+        hello = Hello(peer=peer_id, protocol=PROTOCOL, pool=self._pool)
         self.sources = Sources(link, hello, heartbeat_s=options.heartbeat_s, silence_s=options.peer_deadline_s)
         self._rooms: dict[int, _Room] = {}
         self._generation = 0
         self._now = 0.0
         self._next_watch = 0.0
-        self.num_writes = 0
-        self.num_bytes = 0
-        self.num_dropped = 0
 
     @property
     def num_rooms(self) -> int:
@@ -114,6 +117,7 @@ class Receiver:
             self._on_message(address, message)
         if now >= self._next_watch:
             self._watch()
+        self.counts.num_rooms = len(self._rooms)
 
     def wait(self) -> None:
         """Sleep until there may be something to do."""
@@ -123,9 +127,14 @@ class Receiver:
         else:
             self._link.wait(LANDING_WAIT_S if open_rooms else IDLE_WAIT_S)
 
-    def close(self) -> None:
-        """Close the control sockets."""
+    def close(self) -> bool:
+        """Take leave of the prefill workers, and close agent and control sockets."""
+        self.sources.take_leave()
+        self.mailbox.attach(None)
+        self.counts.num_rooms = 0
+        self._agent.close()
         self._link.close()
+        return True
 
     # -------------------------------------------------------------------------------------------- own engine
 
@@ -169,22 +178,24 @@ class Receiver:
         if room is not None:
             if room.state is ReceiverState.REQUESTED:
                 room.state = advance(room.state, ReceiverState.ABORTING)
+                room.code = command.code
                 self._send_abort(room)
             return
         self.sources.unreserve(command.room)
         # Never asked for, or just arrived: nobody waits for an answer, and a wrong address has no one to tell.
         with contextlib.suppress(TransferError):
             source = self.sources.holder(command.source, command.first_room, self._now)
-            self._link.send(source.address, KvAbort(to="", room=command.room, generation=0))
+            self._link.send(source.address, KvAbort(to="", room=command.room, generation=0, code=command.code))
 
     def _send_abort(self, room: _Room) -> None:
         """Tell whoever was asked; if nobody was, nobody can write."""
         assert room.source is not None
         if room.life is None:
-            self._link.send(room.source.address, KvAbort(to="", room=room.command.room, generation=0))
+            abort = KvAbort(to="", room=room.command.room, generation=0, code=room.code)
+            self._link.send(room.source.address, abort)
             self._close(room)
         else:
-            abort = KvAbort(to=room.life.id, room=room.command.room, generation=room.generation)
+            abort = KvAbort(to=room.life.id, room=room.command.room, generation=room.generation, code=room.code)
             self._link.send(room.source.address, abort)
 
     # -------------------------------------------------------------------------------------------- peers
@@ -199,7 +210,7 @@ class Receiver:
             or room.life is None
             or room.life.id != peer
         ):
-            self.num_dropped += 1
+            self.counts.num_dropped += 1
             return
         room.landed.add(tag.serial)
         self._check_arrived(room)
@@ -207,11 +218,11 @@ class Receiver:
     def _on_message(self, address: str, message: PrefillToDecode) -> None:
         source = self.sources.heard(address)
         if source is None:
-            self.num_dropped += 1
+            self.counts.num_dropped += 1
             return
         match message:
             case HelloReply() if not is_sound(message):
-                self.num_dropped += 1
+                self.counts.num_dropped += 1
             case HelloReply():
                 self._on_hello_reply(source, message)
             case HeartbeatReply():
@@ -220,7 +231,7 @@ class Receiver:
                 room = self._rooms.get(message.room)
                 # Whoever is at the address now can speak for nobody who was there before.
                 if room is None or room.generation != message.generation or not self._speaks_for(source, room):
-                    self.num_dropped += 1
+                    self.counts.num_dropped += 1
                 elif isinstance(message, KvDone):
                     self._on_done(message, room)
                 else:
@@ -276,11 +287,12 @@ class Receiver:
         room.state = advance(room.state, ReceiverState.ARRIVED)
         del self._rooms[room.command.room]
         num_bytes = len(room.command.pages) * self._pool.page_bytes
-        self.num_writes += room.done.num_writes
-        self.num_bytes += num_bytes
+        self.counts.num_writes += room.done.num_writes
+        self.counts.num_bytes += num_bytes
         arrived = KvArrived(
             room=room.command.room,
             first_token=room.done.first_token,
+            prompt_versions=room.done.prompt_versions,
             wait_seconds=self._now - room.asked_at,
             write_seconds=room.done.write_seconds,
             exposed_seconds=room.done.exposed_seconds,

@@ -21,13 +21,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import assert_never
+from typing import NamedTuple, assert_never
 
 from common.errors import TransferError
 from common.ids import MAX_ROOM
 from common.memory.layout import num_pages_for
 from common.messages import (
     DecodeToPrefill,
+    Goodbye,
     Heartbeat,
     HeartbeatReply,
     Hello,
@@ -42,7 +43,7 @@ from common.messages import (
 from transfer.agent import TransferAgent, Write, WriteState
 from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderCommand, SenderMailbox
 from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link
+from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link, TransferCounts
 from transfer.peers import Peer, Peers
 from transfer.plan import MAX_GENERATION, WriteTag
 from transfer.state import SenderState, advance
@@ -88,6 +89,13 @@ class _Room:
         return None if self.request is None else self.request.generation
 
 
+class _Tombstone(NamedTuple):
+    """A closed room is remembered for so long; `code` is what whoever comes late is told of it."""
+
+    until: float
+    code: str
+
+
 class Sender:
     """The rooms of one attention group of a prefill worker, which has `dp` of them. Call it from one thread."""
 
@@ -99,26 +107,26 @@ class Sender:
         options: TransferOptions,
         *,
         peer_id: str,
-        weight_version: str,
         dp: int = 1,
+        counts: TransferCounts | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`counts` goes on from what others have counted in it."""
         self._agent = agent
         self._link = link
         self.mailbox = mailbox
+        mailbox.attach(link.wake)
+        self.counts = counts or TransferCounts()
         self._options = options
         self._peer_id = peer_id
         self._processes = tuple(part.process for part in agent.pool().parts)
         self._dp = dp
         self._clock = clock
-        self._peers = Peers(agent, weight_version, options.peer_deadline_s)
+        self._peers = Peers(agent, options.peer_deadline_s)
         self._rooms: dict[int, _Room] = {}
-        self._tombstones: dict[int, float] = {}
+        self._tombstones: dict[int, _Tombstone] = {}
         self._now = 0.0
         self._next_watch = 0.0
-        self.num_writes = 0
-        self.num_bytes = 0
-        self.num_dropped = 0
 
     @property
     def num_rooms(self) -> int:
@@ -138,28 +146,33 @@ class Sender:
             self._progress(room_id, room)
             if now >= room.deadline:
                 self._on_deadline(room_id, room)
-        for room_id in list(takewhile(lambda room_id: self._tombstones[room_id] <= now, self._tombstones)):
+        for room_id in list(takewhile(lambda room_id: self._tombstones[room_id].until <= now, self._tombstones)):
             del self._tombstones[room_id]
+        self.counts.num_rooms = len(self._rooms)
 
     def wait(self) -> None:
         """Sleep until there may be something to do."""
         writing = any(room.in_progress for room in self._rooms.values())
         self._link.wait(NAP_S if writing else IDLE_WAIT_S)
 
-    def close(self) -> None:
-        """Wait for the writes that are in progress, and close the control sockets.
+    def close(self) -> bool:
+        """Wait for the writes that are in progress, and close agent and control sockets.
 
-        A peer takes a new process at this address as the proof that this one writes no more. So if writes are left, only the
-        end of the process closes the sockets.
+        A peer takes whoever answers next at this address as the proof that this one writes no more. So if writes are left,
+        nothing is closed but by the end of the process.
         """
         deadline = time.monotonic() + _CLOSING_S
         while any(room.in_progress for room in self._rooms.values()):
             if time.monotonic() > deadline:
-                return
+                return False
             for room in self._rooms.values():
                 self._look(room)
             time.sleep(NAP_S)
+        self.mailbox.attach(None)
+        self.counts.num_rooms = 0
+        self._agent.close()
         self._link.close()
+        return True
 
     # -------------------------------------------------------------------------------------------- own engine
 
@@ -176,11 +189,11 @@ class Sender:
                 room.finished = command
                 room.deadline = self._now + self._options.lease_s
             case _:
-                self.num_dropped += 1  # the room has closed meanwhile, and the engine will hear of it
+                self.counts.num_dropped += 1  # the room has closed meanwhile, and the engine will hear of it
 
     def _open(self, command: OpenRoom, room: _Room | None) -> None:
-        if command.room in self._tombstones:
-            self.mailbox.emit(RoomClosed(command.room, _GIVEN_UP))
+        if (tombstone := self._tombstones.get(command.room)) is not None:
+            self.mailbox.emit(RoomClosed(command.room, _GIVEN_UP, code=tombstone.code))
         elif room is None:
             self._rooms[command.room] = _Room(SenderState.OFFERED, opened=command)
         elif room.opened is None:
@@ -202,12 +215,14 @@ class Sender:
                 self._renew(peer, message)
                 self._answer_heartbeat(peer)
             case KvRequest() | KvAbort() if message.to != self._peer_id and message.generation > 0:
-                self.num_dropped += 1  # it is for a process that was here before
+                self.counts.num_dropped += 1  # it is for a process that was here before
                 self._answer_heartbeat(peer)
             case KvRequest():
                 self._ask(peer, message)
             case KvAbort():
                 self._abort(peer, message)
+            case Goodbye():
+                self._peers.leave(peer)
             case _:
                 assert_never(message)
 
@@ -244,6 +259,9 @@ class Sender:
             if refusal is None:
                 refusal, stage = "the prefill worker has no handshake with this decode worker", "handshake"
             self._send_closed(peer, request.room, request.generation, refusal, stage=stage)
+        elif (tombstone := self._tombstones.get(request.room)) is not None:
+            closed = "the prefill worker has closed this room"
+            self._send_closed(peer, request.room, request.generation, closed, code=tombstone.code)
         elif refusal := self._refusal(peer, known, request, room):
             self._send_closed(peer, request.room, request.generation, refusal)
         elif room is None:
@@ -255,14 +273,12 @@ class Sender:
             room.peer, room.request, room.asked_at = peer, request, self._clock()
             self._match(request.room, room)
         else:
-            self.num_dropped += 1  # a duplicate
+            self.counts.num_dropped += 1  # a duplicate
 
     def _refusal(self, peer: str, known: Peer, request: KvRequest, room: _Room | None) -> str | None:
         pool = known.pool
         if not (1 <= request.room <= MAX_ROOM and 1 <= request.generation <= MAX_GENERATION):
             return f"there is no room {request.room} of generation {request.generation}"
-        if request.room in self._tombstones:
-            return "the prefill worker has closed this room"
         if room is not None and room.peer not in (None, peer):
             return "another decode worker has asked for this room"
         if room is None and len(self._rooms) >= _MAX_ROOMS:
@@ -277,13 +293,13 @@ class Sender:
     def _abort(self, peer: str, abort: KvAbort) -> None:
         room = self._rooms.get(abort.room)
         if room is not None and (room.peer, room.generation) == (peer, abort.generation):
-            self._drain(abort.room, room, _GIVEN_UP)  # closing answers it
+            self._drain(abort.room, room, _GIVEN_UP, code=abort.code)  # closing answers it
             return
         if room is None:
             # Its KvRequest was answered already, or its prefill leg is still to come and shall do nothing.
-            self._bury(abort.room)
+            self._bury(abort.room, abort.code)
         elif room.request is None and room.peer in (None, peer):
-            self._drain(abort.room, room, _GIVEN_UP)  # given up before it was asked for
+            self._drain(abort.room, room, _GIVEN_UP, code=abort.code)  # given up before it was asked for
         if abort.generation > 0:
             self._send_closed(peer, abort.room, abort.generation, None)
 
@@ -357,8 +373,8 @@ class Sender:
         if not room.in_progress:
             room.writing_since = posted_at
         room.in_progress.append(write)
-        self.num_writes += 1
-        self.num_bytes += write.num_bytes
+        self.counts.num_writes += 1
+        self.counts.num_bytes += write.num_bytes
 
     def _drain(self, room_id: int, room: _Room, error: str, *, code: str = "leg_failed", leg: Leg = "decode") -> None:
         """Post no more; close at once if nothing is in progress, else when it has completed."""
@@ -388,21 +404,23 @@ class Sender:
                     write_seconds=room.write_seconds,
                     exposed_seconds=self._clock() - max(room.finished.computed_at, room.asked_at),
                     first_token=room.finished.first_token,
+                    prompt_versions=room.finished.prompt_versions,
                 )
                 self._link.send(room.peer, done)
             else:
                 self._send_closed(room.peer, room_id, generation, room.error, code=room.code, leg=room.leg)
         if room.opened is not None:
-            self.mailbox.emit(RoomClosed(room_id, room.error, room.leg))
+            self.mailbox.emit(RoomClosed(room_id, room.error, room.leg, room.code))
         del self._rooms[room_id]
-        self._bury(room_id)
+        self._bury(room_id, room.code)
 
-    def _bury(self, room_id: int) -> None:
+    def _bury(self, room_id: int, code: str) -> None:
         """Remember a closed room for longer than any lease: a late message or a late start of it does nothing."""
         self._tombstones.pop(room_id, None)  # those that last longest are last
         if len(self._tombstones) >= _MAX_TOMBSTONES:
             del self._tombstones[next(iter(self._tombstones))]
-        self._tombstones[room_id] = self._now + 2 * max(self._options.lease_s, self._options.transfer_deadline_s)
+        until = self._now + 2 * max(self._options.lease_s, self._options.transfer_deadline_s)
+        self._tombstones[room_id] = _Tombstone(until, code)
 
     def _on_deadline(self, room_id: int, room: _Room) -> None:
         match room.state:

@@ -16,7 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import TransferError
-from common.messages import DecodeToPrefill, Heartbeat, HeartbeatReply, Hello, HelloReply, PrefillToDecode, ProcessMark
+from common.messages import (
+    DecodeToPrefill,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    HelloReply,
+    PrefillToDecode,
+    ProcessMark,
+)
 from common.process import is_gone
 from common.ranks import Ranks
 from transfer.endpoint import DialingLink
@@ -39,17 +48,18 @@ class Life:
     dp: int
     """Groups of its worker."""
     has_been_replaced: bool = False
-    """Another process has its address, which it could not while this one lived."""
+    """Another one has its address, which it could not while this one lived."""
 
     def meet(self, successor: "Life") -> None:
-        """Another process answers at its address.
+        """Another one answers at its address.
 
         That is proof only if both listen in one network: an address may also move to another host or container, while the
-        process that was there runs on. And it is none about followers, which listen nowhere.
+        process that was there runs on. And it is none about followers, which listen nowhere; unless the processes are the same:
+        they begin another life only when nothing of the one before is left.
         """
         old, new = self.processes[0], successor.processes[0]
         is_here = (old.boot_id, old.network_namespace) == (new.boot_id, new.network_namespace)
-        self.has_been_replaced |= is_here and len(self.processes) == 1
+        self.has_been_replaced |= is_here and (len(self.processes) == 1 or self.processes == successor.processes)
 
     @property
     def is_gone(self) -> bool:
@@ -196,6 +206,12 @@ class Sources:
             else:
                 self.greet(source, now)
             yield source
+
+    def take_leave(self) -> None:
+        """Let those that know this worker forget it at once, and its memory with it."""
+        for source in self._sources.values():
+            if source.life is not None:
+                self._link.send(source.address, Goodbye())
 
     def _forget(self, source: Source) -> None:
         self._link.forget(source.address)

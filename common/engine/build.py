@@ -3,13 +3,13 @@
 A rank is an `Engine`, or, if it does not lead its attention group, a `Follower`.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from common.config import EngineOptions, ModelOptions
 from common.engine.backends import choose_backends
+from common.engine.background import Background
 from common.engine.capacity import CapacityPlan, plan_capacity
 from common.engine.device import Device, open_device
 from common.engine.engine import Engine
@@ -45,9 +45,9 @@ class Follower(NamedTuple):
     device: Device
     link: FollowerLink
 
-    def run(self, check: Callable[[], None]) -> None:
-        """Follow until the leader ends; `check` raises what is wrong elsewhere in this process, now and then."""
-        follow(self.forward, self.device, self.link, check)
+    def run(self, background: Background) -> None:
+        """Follow until the leader ends; raises what is wrong with `background`, now and then."""
+        follow(self.forward, self.device, self.link, background)
 
 
 class _Rank(NamedTuple):
@@ -153,8 +153,9 @@ def _build(
         routing=capturer,
         collectives=collectives,
         last_tokens_R=table.last_tokens,
+        cuda_graphs=options.cuda_graphs,
     )
-    forward.warm_up(cuda_graphs=options.cuda_graphs)
+    forward.warm_up()
     return _Rank(config, capacity, rows, device, forward, table, capturer)
 
 

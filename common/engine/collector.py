@@ -22,6 +22,7 @@ from common.routed_experts.collect import collect, make_block
 from common.routed_experts.host_cache import Slots, WriteTicket
 from common.routed_experts.spec import rows_of
 from common.scheduling.request import Request
+from common.versions import Spans, cut
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +62,10 @@ class RowCollector:
         if request.message.options.return_routed_experts and self._executor is not None and self._are_many(start, stop):
             slots = self._slots_of(request, start, stop)
             ticket = self._engine.host_cache.reserve(slots)
-            self._early[request] = _Early(
-                start, stop, self._executor.submit(self._gather_early, ticket, start, request.rid)
+            future = self._executor.submit(
+                self._gather_early, ticket, start, request.rid, request.versions_of(start, stop)
             )
+            self._early[request] = _Early(start, stop, future)
 
     def forget(self, request: Request) -> None:
         """Drop what was gathered early: the request has left."""
@@ -75,14 +77,14 @@ class RowCollector:
         if not request.message.options.return_routed_experts:
             done(None)
             return
-        slots = self._slots_of(request, start, stop)
+        slots, rid, versions = self._slots_of(request, start, stop), request.rid, request.versions_of(start, stop)
         if self._executor is None or not self._are_many(start, stop):
-            self._deliver(_attempt(request.rid, self._gather, slots, start, request.rid), done)
+            self._deliver(_attempt(rid, self._gather, slots, start, rid, versions), done)
             return
         if early is not None and early.start == start and early.stop <= stop:
-            future = self._executor.submit(_attempt, request.rid, self._gather_rest, early, slots, request.rid)
+            future = self._executor.submit(_attempt, rid, self._gather_rest, early, slots, rid, versions)
         else:
-            future = self._executor.submit(_attempt, request.rid, self._gather, slots, start, request.rid)
+            future = self._executor.submit(_attempt, rid, self._gather, slots, start, rid, versions)
         self._pending.append((request, future, done))
         self._held.add(request)
         future.add_done_callback(lambda _: self._wake and self._wake())
@@ -95,7 +97,8 @@ class RowCollector:
         if not request.message.options.return_routed_experts:
             done(None)
             return
-        self._deliver(_attempt(request.rid, self._make_block, swapped, start, self._verified), done)
+        versions = request.versions_of(start, start + len(swapped))
+        self._deliver(_attempt(request.rid, self._make_block, swapped, start, versions, self._verified), done)
 
     def holds(self, request: Request) -> bool:
         """Whether the request's rows are being gathered, so that its pages may not be given back."""
@@ -114,39 +117,32 @@ class RowCollector:
     def _slots_of(self, request: Request, start: int, stop: int) -> Slots:
         return slots_of(request.pages, start, stop, self._engine.capacity.page_size)
 
-    def _gather(self, slots: Slots, start: int, rid: str) -> RowBlock:
-        engine = self._engine
-        return collect(
-            engine.host_cache,
-            slots,
-            start=start,
-            rid=rid,
-            weight_version=engine.weight_version,
-            verified=self._verified,
-        )
+    def _gather(self, slots: Slots, start: int, rid: str, versions: Spans) -> RowBlock:
+        cache, verified = self._engine.host_cache, self._verified
+        return collect(cache, slots, start=start, rid=rid, weight_versions=versions, verified=verified)
 
-    def _gather_early(self, ticket: WriteTicket, start: int, rid: str) -> "host_cache.Rows | None":
+    def _gather_early(self, ticket: WriteTicket, start: int, rid: str, versions: Spans) -> "host_cache.Rows | None":
         """Gather rows whose pages nobody holds for us: they may have changed hands before the copy was complete."""
-        block = _attempt(rid, self._gather, ticket.slots, start, rid)
+        block = _attempt(rid, self._gather, ticket.slots, start, rid, versions)
         if isinstance(block, RowBlock) and self._engine.host_cache.is_current(ticket):
             return rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)
         return None
 
-    def _gather_rest(self, early: _Early, slots: Slots, rid: str) -> RowBlock:
+    def _gather_rest(self, early: _Early, slots: Slots, rid: str, versions: Spans) -> RowBlock:
         """Gather what was not gathered early, or all if that came to nothing."""
         rows = early.rows.result()
         if rows is None:
-            return self._gather(slots, early.start, rid)
-        rest = self._gather(slots[len(rows) :], early.stop, rid)
+            return self._gather(slots, early.start, rid, versions)
+        rest = self._gather(slots[len(rows) :], early.stop, rid, cut(versions, early.stop, early.start + len(slots)))
         rows = np.concatenate((rows, rows_of(np.frombuffer(rest.data, dtype=np.uint8), rest.header)))
         # Both parts have been verified.
-        return self._make_block(rows, early.start, False)
+        return self._make_block(rows, early.start, versions, False)
 
-    def _make_block(self, rows: npt.NDArray[np.unsignedinteger], start: int, verified: bool) -> RowBlock:
-        engine = self._engine
-        return make_block(
-            engine.host_cache.spec, rows, start=start, weight_version=engine.weight_version, verified=verified
-        )
+    def _make_block(
+        self, rows: npt.NDArray[np.unsignedinteger], start: int, versions: Spans, verified: bool
+    ) -> RowBlock:
+        spec = self._engine.host_cache.spec
+        return make_block(spec, rows, start=start, weight_versions=versions, verified=verified)
 
     def _deliver(self, rows: Rows, done: Done) -> None:
         self.num_refused += isinstance(rows, RowsError)

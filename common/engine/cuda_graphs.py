@@ -73,6 +73,13 @@ class StepGraphs:
             for size in reversed(self._sizes)
         }
 
+    def close(self) -> None:
+        """Let go of the graphs and of their memory; nothing else is called afterwards.
+
+        Not left to the collector: some of what has been captured knows this object.
+        """
+        self._lanes.clear()
+
     def takes(self, layout: StepLayout) -> bool:
         """Whether there is a graph of so many lanes, and reading each prompt once for each of its tokens costs next to nothing."""
         if layout.num_tokens > self._sizes[-1]:

@@ -8,10 +8,11 @@ import torch
 from common.engine.batch import ScoredBatch
 from common.engine.capacity import CapacityPlan
 from common.engine.device import Device, StepStaging
-from common.engine.follower import CopyPage, DropPages, End, Followers, RestorePages, StashPages, apply
+from common.engine.follower import CopyPage, DropPages, End, Followers, Obey, RestorePages, StashPages, apply
 from common.engine.forward_pass import ForwardPass
 from common.engine.host_pages import HostPages
 from common.engine.lockstep import Lockstep
+from common.engine.orders import RankOrders, Verdict
 from common.engine.penalties import LogitChanges, TokenCounts
 from common.engine.sampler import SamplingBatch, sample, top_logprobs
 from common.engine.seats import Seats
@@ -21,6 +22,7 @@ from common.kernels.reference import logprobs_of
 from common.memory.page_allocator import PageAllocator
 from common.memory.request_table import RequestTable
 from common.models.config import ModelConfig
+from common.orders import Done, LoadWeights, Order, SetWeightVersion
 from common.routed_experts.capture import RoutedExpertsCapturer
 from common.routed_experts.host_cache import HostCache
 from common.scheduling.step_plan import StepPlan
@@ -54,6 +56,7 @@ class Engine:
         self.allocator = allocator
         self.host_cache = host_cache
         self.weight_version = weight_version
+        """Changes between steps alone, when none is in flight."""
         self.table = table
         self.seats = Seats(allocator, table)
         self.num_steps = 0
@@ -66,15 +69,27 @@ class Engine:
         self._host_pages = HostPages(forward.kv_pool)
         self._lockstep = lockstep
         self._followers = followers
+        self._orders = RankOrders(forward, self.rank, device.torch_device)
+        self.num_unsure_weights = 0
+        """Tensors that some rank of the group has taken in part, or others have not; no step may be planned while there are any."""
 
     @property
     def is_called(self) -> bool:
         """Whether another attention group waits for this one to launch its next step, be it an empty one."""
         return self._lockstep.is_called
 
+    @property
+    def is_released(self) -> bool:
+        """Whether memory has been given back that steps need; none may be launched."""
+        return not self._orders.memory.is_warm
+
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Queue one forward pass and its copies to the host; the device may still be busy with the step before."""
+        with self._orders.profiler.step():
+            return self._launch(plan)
+
+    def _launch(self, plan: StepPlan) -> Launched:
         forward = self._forward
         layout = lay_out(plan, self.table, self.capacity.page_size)
         shape = self._lockstep.meet(layout.num_tokens, fits_graph=forward.fits_graph(layout))
@@ -94,7 +109,8 @@ class Engine:
         self.num_steps += 1
         self.num_tokens_computed += layout.num_tokens
         num_scored = layout.scored.counts if layout.scored is not None else (0,) * len(plan.entries)
-        return Launched(plan, staging.copy_to_host(results), num_scored, ticket, self.host_cache)
+        copies = staging.copy_to_host(results)
+        return Launched(plan, copies, num_scored, ticket, self.host_cache, self.weight_version)
 
     def synchronize(self) -> None:
         """Wait until all that was ever queued on the device has been done; raises if the device is broken."""
@@ -121,6 +137,20 @@ class Engine:
     def forget_swapped(self, key: int) -> None:
         """Drop what was swapped out."""
         self._change_pages(DropPages(key))
+
+    def carry_out(self, order: Order) -> Done:
+        """Have all ranks of the group carry out an order of the frontend; no step may be in flight."""
+        self._followers.tell(Obey(order))
+        verdicts = [self._orders.carry_out(order), *self._followers.wait_verdicts()]
+        errors = [
+            _said_by(verdict) if self._followers.ranks else verdict.error for verdict in verdicts if verdict.error
+        ]
+        num_left = max(verdict.num_left for verdict in verdicts)
+        if isinstance(order, LoadWeights):
+            self.num_unsure_weights = num_left
+        if isinstance(order, LoadWeights | SetWeightVersion) and not errors:
+            self.weight_version = order.weight_version
+        return Done(serial=order.serial, error=errors[0] if errors else None, num_left=num_left)
 
     def close(self) -> None:
         """Take no more steps, and let the ranks know that would wait for one."""
@@ -166,3 +196,7 @@ class Engine:
                 parts["prompt_top_logprobs"].append(values)
                 parts["prompt_top_ids"].append(ids)
         return {name: torch.cat(part) for name, part in parts.items() if part}
+
+
+def _said_by(verdict: Verdict) -> str:
+    return f"rank {verdict.rank}: {verdict.error}"

@@ -2,15 +2,14 @@
 
 The leader tells them, in order, of everything that touches the device: each step's layout, and pages that are copied or swapped.
 They know no request and keep no rows. The order of the messages is the order of the leader's launches, so the
-ranks meet inside the same collectives. One thing they answer: that pages have been swapped out or in, since a peer may write to
-them as soon as their owner has lost them (R11).
+ranks meet inside the same collectives. Two things they answer: that pages have been swapped out or in, since a peer may write to
+them as soon as their owner has lost them (R11), and how they have carried out an order of the frontend.
 
     leader: Engine --Followers--> RankLink --> follow(): follower
-                              <-- PagesMoved --
+                        <-- PagesMoved, Verdict --
 """
 
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,13 +17,16 @@ import numpy as np
 import torch
 from msgspec import Struct
 
+from common.engine.background import Background, carry_out_beside
 from common.engine.device import Device, HostCopies
 from common.engine.forward_pass import ForwardPass
 from common.engine.host_pages import HostPages
 from common.engine.lockstep import StepShape
+from common.engine.orders import RankOrders, Verdict
 from common.engine.step_layout import ScoredLayout, StepLayout, split_ints
 from common.kernels.attention import AttentionPlan
 from common.memory.kv_pool import KvPool
+from common.orders import Order
 
 _MAX_IN_FLIGHT = 2
 _WAIT_S = 1.0
@@ -73,6 +75,12 @@ class DropPages(Struct, frozen=True, tag=True):
     key: int
 
 
+class Obey(Struct, frozen=True, tag=True):
+    """Carry out an order of the frontend, once no step is in flight; answered by a `Verdict`."""
+
+    order: Order
+
+
 class End(Struct, frozen=True, tag=True):
     """The leader has ended."""
 
@@ -84,7 +92,8 @@ class PagesMoved(Struct, frozen=True, tag=True):
     key: int
 
 
-ToFollower = RunStep | CopyPage | StashPages | RestorePages | DropPages | End
+ToFollower = RunStep | CopyPage | StashPages | RestorePages | DropPages | Obey | End
+FromFollower = PagesMoved | Verdict
 
 
 class LeaderLink(Protocol):
@@ -93,7 +102,7 @@ class LeaderLink(Protocol):
     def send(self, rank: int, message: ToFollower) -> None:
         """Queue a message; never blocks."""
 
-    def receive(self) -> list[PagesMoved]:
+    def receive(self) -> list[FromFollower]:
         """All messages that are here."""
 
     def wait(self, timeout_s: float) -> None:
@@ -103,7 +112,7 @@ class LeaderLink(Protocol):
 class FollowerLink(Protocol):
     """The way from the leader and back; `common.wire.RankLink` is the real one."""
 
-    def send(self, rank: int, message: PagesMoved) -> None:
+    def send(self, rank: int, message: FromFollower) -> None:
         """Queue a message; never blocks."""
 
     def receive(self) -> list[ToFollower]:
@@ -132,7 +141,16 @@ class Followers:
         while missing:
             assert self.link is not None
             self.link.wait(_WAIT_S)
-            missing -= {moved.rank for moved in self.link.receive() if moved.key == key}
+            answers = self.link.receive()
+            missing -= {answer.rank for answer in answers if isinstance(answer, PagesMoved) and answer.key == key}
+
+    def wait_verdicts(self) -> list[Verdict]:
+        """Wait until each has carried out the order that it was told of last."""
+        verdicts: list[Verdict] = []
+        while self.link is not None and len(verdicts) < len(self.ranks):
+            self.link.wait(_WAIT_S)
+            verdicts += [answer for answer in self.link.receive() if isinstance(answer, Verdict)]
+        return verdicts
 
     def run(self, layout: StepLayout, shape: StepShape) -> None:
         """Have them launch a step."""
@@ -140,25 +158,32 @@ class Followers:
             self.tell(_message_of(layout, shape))
 
 
-def follow(forward: ForwardPass, device: Device, link: FollowerLink, check: Callable[[], None]) -> None:
-    """Do what the leader says until it ends. `check` raises what is wrong elsewhere in this process, now and then."""
+def follow(forward: ForwardPass, device: Device, link: FollowerLink, background: Background) -> None:
+    """Do what the leader says until it ends. Raises what is wrong elsewhere in this process, now and then."""
     host_pages = HostPages(forward.kv_pool)
+    rank = forward.collectives.rank
+    leader = rank.of.leader_of(rank.group)
+    orders = RankOrders(forward, rank, device.torch_device)
     in_flight: deque[HostCopies] = deque()
     while True:
         for message in link.receive():
             match message:
                 case RunStep():
-                    in_flight.append(_run(message, forward, device))
+                    with orders.profiler.step():
+                        in_flight.append(_run(message, forward, device))
                     if len(in_flight) == _MAX_IN_FLIGHT:
                         in_flight.popleft().wait()
+                case Obey():
+                    while in_flight:
+                        in_flight.popleft().wait()
+                    link.send(leader, carry_out_beside(background, message.order, orders.carry_out))
                 case End():
                     return
                 case _:
                     apply(message, forward.kv_pool, host_pages)
                     if isinstance(message, StashPages | RestorePages):
-                        rank = forward.collectives.rank
-                        link.send(rank.of.leader_of(rank.group), PagesMoved(rank.index, message.key))
-        check()
+                        link.send(leader, PagesMoved(rank.index, message.key))
+        background.check()
         link.wait(_WAIT_S)
 
 

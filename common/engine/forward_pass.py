@@ -20,6 +20,7 @@ from common.engine.step_layout import StepLayout
 from common.kernels.collectives import Collectives, Gathering
 from common.memory.kv_pool import KvPool
 from common.models.forward import MoeModel, RoutingSink
+from common.models.weight_table import WeightTable
 
 if TYPE_CHECKING:
     from common.engine.cuda_graphs import StepGraphs
@@ -41,7 +42,9 @@ class ForwardPass:
         routing: RoutingSink,
         collectives: Collectives,
         last_tokens_R: torch.Tensor,
+        cuda_graphs: bool,
     ) -> None:
+        """With `cuda_graphs`, small steps run as such where the kernels allow it."""
         self.kv_pool = kv_pool
         self.backends = backends
         self.collectives = collectives
@@ -50,10 +53,11 @@ class ForwardPass:
         self._device = device
         self._routing = routing
         self._last_tokens_R = last_tokens_R
+        self._cuda_graphs = cuda_graphs
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
-    def warm_up(self, *, cuda_graphs: bool) -> None:
+    def warm_up(self) -> None:
         """Compile what fused kernels need for steps of every size, so that no request waits for it; else, do nothing.
 
         From then on small steps run in padded sizes, as CUDA graphs if asked for. Takes seconds, and minutes on a machine
@@ -87,8 +91,28 @@ class ForwardPass:
             rank=self.collectives.rank,
             sizes=capacity.graph_sizes,
             pages_per_request=capacity.pages_per_request,
-            captured=cuda_graphs,
+            captured=self._cuda_graphs,
         )
+
+    def cool_down(self) -> None:
+        """Let go of what `warm_up` has captured, and of its memory; no step may be in flight, nor be launched before it is warm."""
+        if self._graphs is not None:
+            self._graphs.close()
+            self._graphs = None
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        """All that the model keeps on the device."""
+        return self._model.tensors()
+
+    @property
+    def workspaces(self) -> list[torch.Tensor]:
+        """What attention works in: of no meaning between steps."""
+        return [] if self.backends.flashinfer is None else self.backends.flashinfer.workspaces
+
+    def weight_table(self) -> WeightTable:
+        """Say where the rank's tensors are."""
+        return self._model.weight_table()
 
     def fits_graph(self, layout: StepLayout) -> bool:
         """Whether this group's part of a step can run in a padded size."""

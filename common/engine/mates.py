@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import Store
 
-from common.engine.follower import Followers, PagesMoved, ToFollower
+from common.engine.follower import Followers, FromFollower, ToFollower
 from common.engine.lockstep import Lockstep, Share
 from common.kernels.collectives import Collectives
 from common.ranks import Rank
@@ -26,9 +26,9 @@ class Mates(NamedTuple):
     store: Store | None = None
     lockstep_link: RankLink[Share, Share] | None = None
     """A leader's, to the other groups' leaders; None if there are none."""
-    step_link: RankLink[PagesMoved, ToFollower] | None = None
+    step_link: RankLink[FromFollower, ToFollower] | None = None
     """A leader's, to its followers; None if it has none."""
-    leader_link: RankLink[ToFollower, PagesMoved] | None = None
+    leader_link: RankLink[ToFollower, FromFollower] | None = None
     """A follower's, to its leader."""
 
     def collectives(self, device: torch.device) -> Collectives:
@@ -71,6 +71,6 @@ def find_mates(rank: Rank, folder: str) -> Mates:
         folder=folder,
         store=dist.FileStore(str(Path(folder) / "ranks"), rank.of.tp),  # type: ignore[attr-defined]
         lockstep_link=RankLink(folder, "lockstep", rank.index, Share) if rank.is_leader and rank.of.dp > 1 else None,
-        step_link=RankLink(folder, "steps", rank.index, PagesMoved) if rank.followers else None,
+        step_link=RankLink(folder, "steps", rank.index, FromFollower) if rank.followers else None,
         leader_link=None if rank.is_leader else RankLink(folder, "steps", rank.index, ToFollower),
     )

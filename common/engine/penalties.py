@@ -119,7 +119,10 @@ class TokenCounts:
             self._owners = [None if owner is request else owner for owner in self._owners]
             self._owners[request.row] = request
             vocab_size = self._shape[1]
-            generated = np.bincount(as_int64(request.output_ids), minlength=vocab_size).astype(np.int32)
-            in_prompt = np.bincount(request.prompt, minlength=vocab_size) > 0
+            # What earlier legs of the sample have generated comes at the prompt's end.
+            num_own = request.num_prompt_tokens - request.message.options.resumed_tokens
+            generated_ids = np.concatenate((request.prompt[num_own:], as_int64(request.output_ids)))
+            generated = np.bincount(generated_ids, minlength=vocab_size).astype(np.int32)
+            in_prompt = np.bincount(request.prompt[:num_own], minlength=vocab_size) > 0
             self._generated_RV[request.row] = self._device.upload(generated)
             self._in_prompt_RV[request.row] = self._device.upload(in_prompt)

@@ -49,6 +49,8 @@ class StepResult:
 
     plan: StepPlan
     outcomes: tuple[Outcome, ...]
+    weight_version: str
+    """The weights that have computed it."""
 
 
 class Launched:
@@ -61,12 +63,14 @@ class Launched:
         num_scored: tuple[int, ...],
         ticket: WriteTicket,
         host_cache: HostCache,
+        weight_version: str,
     ) -> None:
         self._plan = plan
         self._copies = copies
         self._num_scored = num_scored
         self._ticket = ticket
         self._host_cache = host_cache
+        self._weight_version = weight_version
 
     def settle(self) -> StepResult:
         """Wait for the step, commit its routed-expert rows and return its tokens. Call it once.
@@ -77,7 +81,7 @@ class Launched:
         outcomes = self._outcomes(landed)
         # Last: a step whose results cannot be read has no rows either.
         self._host_cache.commit(self._ticket, landed["rows"])
-        return StepResult(self._plan, outcomes)
+        return StepResult(self._plan, outcomes, self._weight_version)
 
     def _outcomes(self, landed: dict[str, Array]) -> tuple[Outcome, ...]:
         """Read the tokens and the scores of each entry."""

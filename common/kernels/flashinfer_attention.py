@@ -75,6 +75,11 @@ class FlashinferAttention:
         )
         self._prefill.reset_workspace_buffer(self._workspace, self._plan_buffer)
 
+    @property
+    def workspaces(self) -> list[torch.Tensor]:
+        """Device memory that each step writes before it reads it, but for the zeros that flashinfer asks for at first."""
+        return [self._workspace, self._plan_buffer]
+
     def plan(self, plan: AttentionPlan, upload: Callable[[npt.NDArray[Any]], torch.Tensor]) -> "_PlannedPrefill":
         """Plan one eager step."""
         pages = upload(plan.pages)

@@ -85,6 +85,12 @@ class PrefixCache:
             num_evicted += 1
         return num_evicted
 
+    def clear(self) -> None:
+        """Forget everything; pages that requests hold too stay theirs."""
+        self._allocator.release(list(self._by_age))
+        self._by_age.clear()
+        self._root.children.clear()
+
     def _walk(self, token_ids: npt.NDArray[np.int32]) -> list[_Node]:
         node, path = self._root, []
         for start in range(0, len(token_ids) - self._page_size + 1, self._page_size):

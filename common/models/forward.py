@@ -11,6 +11,7 @@ import torch
 from common.kernels.attention import Attention
 from common.kernels.collectives import Gathering
 from common.memory.kv_pool import KvPool
+from common.models.weight_table import WeightTable
 
 
 class RoutingSink(Protocol):
@@ -49,3 +50,9 @@ class MoeModel(Protocol):
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Project hidden states to logits `[S, V]`; each rank of the attention group gets all of them."""
+
+    def weight_table(self) -> WeightTable:
+        """Say where each tensor of a checkpoint goes."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it keeps on the device, but for views of that."""

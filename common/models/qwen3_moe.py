@@ -82,6 +82,10 @@ class Qwen3Moe(nn.Module):
             logits_SV = F.pad(logits_SV, (0, self.missing_vocabulary))
         return self.collectives.gather_vocabulary(logits_SV)[:, : self.config.vocab_size].contiguous()
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Weights, and the tables of positions."""
+        return [*self.parameters(), *self.buffers()]
+
     def weight_table(self) -> WeightTable:
         """Say where each tensor of a checkpoint goes, in the names that the Qwen team and transformers use."""
         targets = {"model.embed_tokens.weight": whole(self.embed_VD), "model.norm.weight": whole(self.norm_D)}

@@ -12,7 +12,8 @@ from common.kernels.interface import Kernels
 from common.models.config import ModelConfig, resolve_checkpoint
 from common.models.forward import MoeModel
 from common.models.qwen3_moe import Qwen3Moe
-from common.models.weights import fill_randomly, load_weights
+from common.models.weight_files import load_weights
+from common.models.weights import fill_randomly
 
 _MODELS = {"qwen3_moe": Qwen3Moe}
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

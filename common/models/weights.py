@@ -1,59 +1,147 @@
-"""Fills a model's parameters from safetensors files, or with random numbers; knows no model.
+"""Matches stored tensors with what a model wants, and fills its parameters; knows no model and no file.
 
-A model describes itself as a `WeightTable`. Of a tensor of which a rank holds a part, only that is read; of a tensor that
-others hold, only the header. A matrix `NAME` of float8 numbers has its scales, one for each block, in the tensor
-`NAME_scale_inv`; the model gets both if its table wants float8 numbers there, and their product if not. Everything is
-checked against the files' headers before the first byte is read. Neighbours: `common.models.weight_table` (what is to be
-filled), `common.models.config` (reads the rest of the folder).
+A model describes itself as a `WeightTable`, whoever has tensors by their headers. `match` compares the two before the first byte
+is read or written. Of a tensor of which a rank holds a part, only that is asked for; of a tensor that others hold, nothing. A
+matrix `NAME` of float8 numbers has its scales, one for each block, in the tensor `NAME_scale_inv`; the model gets both if its
+table wants float8 numbers there, and their product if not. Neighbours: `common.models.weight_table` (what is to be filled),
+`common.models.weight_sources` (where tensors come from).
 """
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Final, NamedTuple
 
-import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
 
 from common.errors import CheckpointError
 from common.models.weight_table import Part, Shape, WeightTable
 
 log = logging.getLogger(__name__)
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES: Final = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
+"""The types that tensors may have, as safetensors calls them."""
 _FP8, _SCALE = "F8_E4M3", "_scale_inv"
+_FLOATS = {name: dtype for name, dtype in DTYPES.items() if name != _FP8}
 _NAMED_IN_ERRORS = 5
 
 
-def load_weights(table: WeightTable, folder: Path) -> None:
-    """Copy a checkpoint folder's tensors, or the parts of them that this rank holds, into the targets' views.
+class Header(NamedTuple):
+    """What is known of a stored tensor before it is read."""
 
-    Floating types are converted to the view's dtype, with one log line that says so. Float8 matrices are multiplied by
-    their scales in float32 on the view's device, one at a time, but for those that the table wants as they are. Raises
-    CheckpointError, naming the tensor, if one is missing, unknown, there twice, of a wrong shape or not of a floating type,
-    or if it is float8 and should not be, or is not and should: on every rank, whichever holds it.
-    """
-    with ExitStack() as stack:
-        files = _open_files(folder, stack)
-        scales = {name: name + _SCALE for name, file in files.items() if file.get_slice(name).get_dtype() == _FP8}
-        expected, reads = _choose(table, files.keys(), scales, folder)
-        _check_headers(expected, table.fp8_block, files, folder)
-        _log_conversions(reads, scales.keys(), files, folder)
-        for read in reads:
-            part = files[read.name].get_slice(read.name)[read.part]
-            if read.name in scales and table.fp8_block:
-                stored_scale = files[scales[read.name]].get_slice(scales[read.name])
-                scale = stored_scale[_blocks_of(read.part, table.fp8_block)]
+    shape: Shape
+    dtype: str
+    """As safetensors calls it."""
+
+
+Fetch = Callable[[str, Part], torch.Tensor]
+"""Gives a part of a stored tensor, on any device."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """A part of a stored tensor, and the view that it fills."""
+
+    part: Part
+    view: torch.Tensor
+    scale: torch.Tensor | None
+    """What the scales of the part fill; None if they do not go to the model."""
+
+
+class _Expected(NamedTuple):
+    """What a stored tensor must be."""
+
+    shape: Shape
+    is_fp8: bool
+    """Whether it must be float8; if not it may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Which stored tensors fill which views of a rank."""
+
+    reads: Mapping[str, Sequence[_Read]]
+    """By the name of the stored tensor; those of which the rank holds nothing are left out."""
+    scales: Mapping[str, str]
+    """Name of a float8 matrix -> name of its scales."""
+    taken: frozenset[str]
+    """The model's tensors that are there, by their own names if they are stored fused."""
+    missing: frozenset[str]
+    """Those that are not."""
+    fp8_block: tuple[int, int] | None
+
+    def fill(self, name: str, fetch: Fetch) -> None:
+        """Copy the rank's parts of one stored tensor into their views.
+
+        Floating types are converted to the view's dtype. A float8 matrix is multiplied by its scales in float32 on the view's
+        device, if the model does not want it as it is.
+        """
+        for read in self.reads.get(name, ()):
+            part = fetch(name, read.part)
+            if name in self.scales and self.fp8_block:
+                scale = fetch(self.scales[name], _blocks_of(read.part, self.fp8_block))
                 if read.scale is not None:
                     read.scale.copy_(scale)
                 else:
-                    part = _dequantise(part.to(read.view.device), scale, read.part, table.fp8_block)
-            read.view.copy_(part.view_as(read.view))
+                    part = _dequantise(part.to(read.view.device), scale, read.part, self.fp8_block)
+            read.view.copy_(part.reshape(read.view.shape))
+
+    def log_conversions(self, headers: Mapping[str, Header], where: str) -> None:
+        """Say, in a line each, how many matrices are dequantised and how many tensors are converted."""
+        dequantised = [name for name in self.reads if name in self.scales and self.reads[name][0].scale is None]
+        converted = [
+            f"{name} from {headers[name].dtype}"
+            for name, reads in self.reads.items()
+            if name not in self.scales and _FLOATS[headers[name].dtype] != reads[0].view.dtype
+        ]
+        if dequantised:
+            log.info("%s: %d float8 matrices are dequantised", where, len(dequantised))
+        if converted:
+            log.warning(
+                "%s: %d tensors are converted to the model's dtype, e.g. %s", where, len(converted), min(converted)
+            )
+
+
+def match(table: WeightTable, headers: Mapping[str, Header], where: str, *, is_partial: bool = False) -> Match:
+    """Settle which spelling is used, and compare everything with what the table wants.
+
+    Raises CheckpointError, naming the tensor, if one is missing, unknown, of a wrong shape or not of a floating type, or if it
+    is float8 and should not be, or is not and should: on every rank, whichever holds it. With `is_partial` tensors of the model
+    may be missing, but no float8 matrix without its scales. `where` begins the message, for example "FOLDER: the checkpoint".
+    """
+    scales = {name: name + _SCALE for name, header in headers.items() if header.dtype == _FP8}
+    expected = {name: _Expected(target.shape, target.is_fp8) for name, target in table.targets.items()}
+    fused_in: dict[str, str] = {}
+    for fused_name, fused in table.fused.items():
+        if fused_name in headers:
+            replaced = [expected.pop(name) for name in fused.places]
+            expected[fused_name] = _Expected(fused.shape, any(each.is_fp8 for each in replaced))
+            fused_in |= dict.fromkeys(fused.places, fused_name)
+    own_scales = [scales[name] for name in expected if name in scales]
+    missing = [name for name in expected if name not in headers]
+    lacking = [name for name in [*([] if is_partial else missing), *own_scales] if name not in headers]
+    unknown = sorted(headers.keys() - expected.keys() - set(own_scales) - table.tolerated)
+    if lacking or unknown:
+        problems = [f"lacks {_few(lacking)}"] * bool(lacking) + [f"has unknown {_few(unknown)}"] * bool(unknown)
+        raise CheckpointError(f"{where} {' and '.join(problems)}")
+    _check_headers({name: expected[name] for name in expected if name in headers}, table.fp8_block, headers, where)
+    reads: dict[str, list[_Read]] = {}
+    for name, target in table.targets.items():
+        stored = fused_in.get(name, name)
+        if stored not in headers or target.view is None or not target.view.numel():
+            continue
+        part = target.part
+        if name in fused_in:
+            expert, row = table.fused[stored].places[name]
+            part = (slice(expert, expert + 1), slice(row + part[0].start, row + part[0].stop), part[1])
+        reads.setdefault(stored, []).append(_Read(part, target.view, target.scale))
+    return Match(reads, scales, frozenset(table.targets.keys() - set(missing)), frozenset(missing), table.fp8_block)
 
 
 def fill_randomly(table: WeightTable, device: torch.device) -> None:
@@ -76,100 +164,16 @@ def fill_randomly(table: WeightTable, device: torch.device) -> None:
             target.view.copy_(tensor[target.part])
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """A part of a stored tensor, and the view that it fills."""
-
-    name: str
-    part: Part
-    view: torch.Tensor
-    scale: torch.Tensor | None
-    """What the scales of the part fill; None if they do not go to the model."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    """What a stored tensor must be."""
-
-    shape: Shape
-    is_fp8: bool
-    """Whether it must be float8; if not it may be."""
-
-
-def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Open every file of the checkpoint; returns tensor name -> the open file that holds it."""
-    files: dict[str, Any] = {}
-    for path in _paths(folder):
-        try:
-            opened = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        for name in opened.keys():  # noqa: SIM118  (safe_open is not a mapping)
-            if name in files:
-                raise CheckpointError(f"{folder}: tensor {name} is in two files")
-            files[name] = opened
-    return files
-
-
-def _paths(folder: Path) -> list[Path]:
-    if (folder / _SINGLE).exists():
-        return [folder / _SINGLE]
-    index = folder / _INDEX
-    if not index.exists():
-        raise CheckpointError(f"{folder}: neither {_SINGLE} nor {_INDEX} is there")
-    try:
-        weight_map = msgspec.convert(msgspec.json.decode(index.read_bytes())["weight_map"], dict[str, str])
-    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: {error!r}") from error
-    return [folder / name for name in sorted(set(weight_map.values()))]
-
-
-def _choose(
-    table: WeightTable, names: Iterable[str], scales: Mapping[str, str], folder: Path
-) -> tuple[dict[str, _Expected], list[_Read]]:
-    """Settle which spelling the checkpoint uses, and refuse names that are missing or too many.
-
-    `scales` has the name of the scales of every float8 tensor; they must be there, and no others. Returns what each tensor
-    must be, and what to read.
-    """
-    present = set(names)
-    expected = {name: _Expected(target.shape, target.is_fp8) for name, target in table.targets.items()}
-    fused_in: dict[str, str] = {}
-    for fused_name, fused in table.fused.items():
-        if fused_name in present:
-            replaced = [expected.pop(name) for name in fused.places]
-            expected[fused_name] = _Expected(fused.shape, any(each.is_fp8 for each in replaced))
-            fused_in |= dict.fromkeys(fused.places, fused_name)
-    needed = [*expected, *(scales[name] for name in expected if name in scales)]
-    missing = [name for name in needed if name not in present]
-    unknown = sorted(present.difference(needed, table.tolerated))
-    if missing or unknown:
-        problems = [f"lacks {_few(missing)}"] * bool(missing) + [f"has unknown {_few(unknown)}"] * bool(unknown)
-        raise CheckpointError(f"{folder}: the checkpoint {' and '.join(problems)}")
-    reads: list[_Read] = []
-    for name, target in table.targets.items():
-        if target.view is None or not target.view.numel():
-            continue
-        stored, part = name, target.part
-        if name in fused_in:
-            stored = fused_in[name]
-            expert, row = table.fused[stored].places[name]
-            part = (slice(expert, expert + 1), slice(row + part[0].start, row + part[0].stop), part[1])
-        reads.append(_Read(stored, part, target.view, target.scale))
-    return expected, reads
-
-
 def _check_headers(
-    expected: Mapping[str, _Expected], fp8_block: tuple[int, int] | None, files: Mapping[str, Any], folder: Path
+    expected: Mapping[str, _Expected], fp8_block: tuple[int, int] | None, headers: Mapping[str, Header], where: str
 ) -> None:
     wrong: list[str] = []
     for name, implied in expected.items():
-        header = files[name].get_slice(name)
-        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        shape, dtype = headers[name]
         if shape != implied.shape:
             wrong.append(f"{name} has shape {list(shape)} where the config implies {list(implied.shape)}")
         elif dtype == _FP8:
-            wrong += _wrong_in_fp8(name, shape, fp8_block, files)
+            wrong += _wrong_in_fp8(name, shape, fp8_block, headers)
         elif implied.is_fp8:
             wrong.append(
                 f"{name} has type {dtype} where quantization_config implies {_FP8}; --fp8 dequantised takes both"
@@ -178,28 +182,10 @@ def _check_headers(
             wrong.append(f"{name} has type {dtype}, which is not one of {', '.join(_FLOATS)}")
     if wrong:
         more = f"; and {len(wrong) - _NAMED_IN_ERRORS} more" if len(wrong) > _NAMED_IN_ERRORS else ""
-        raise CheckpointError(f"{folder}: tensor {'; '.join(wrong[:_NAMED_IN_ERRORS])}{more}")
+        raise CheckpointError(f"{where}: tensor {'; '.join(wrong[:_NAMED_IN_ERRORS])}{more}")
 
 
-def _log_conversions(reads: Iterable[_Read], fp8_names: Iterable[str], files: Mapping[str, Any], folder: Path) -> None:
-    dtypes = {read.name: read.view.dtype for read in reads if read.scale is None}
-    dequantised = dtypes.keys() & fp8_names
-    converted: list[str] = []
-    for name in dtypes.keys() - dequantised:
-        stored = files[name].get_slice(name).get_dtype()
-        if _FLOATS[stored] != dtypes[name]:
-            converted.append(f"{name} from {stored}")
-    if dequantised:
-        log.info("%s: %d float8 matrices are dequantised", folder, len(dequantised))
-    if converted:
-        log.warning(
-            "%s: %d tensors are converted to the model's dtype, e.g. %s", folder, len(converted), min(converted)
-        )
-
-
-def _wrong_in_fp8(
-    name: str, shape: tuple[int, ...], block: tuple[int, int] | None, files: Mapping[str, Any]
-) -> list[str]:
+def _wrong_in_fp8(name: str, shape: Shape, block: tuple[int, int] | None, headers: Mapping[str, Header]) -> list[str]:
     """What is wrong with a float8 tensor of the right shape and its scales; one entry at most."""
     if block is None:
         return [f"{name} has type {_FP8}, but config.json has no quantization_config"]
@@ -207,12 +193,12 @@ def _wrong_in_fp8(
         # Where blocks begin in a stack of matrices that were joined is for its writer to say, and nobody does.
         return [f"{name} has type {_FP8} and shape {list(shape)}; only matrices may be float8"]
     scale = name + _SCALE
-    header = files[scale].get_slice(scale)
-    implied = [-(-size // step) for size, step in zip(shape, block, strict=True)]
-    if list(header.get_shape()) != implied:
-        return [f"{scale} has shape {header.get_shape()} where weight_block_size implies {implied}"]
-    if header.get_dtype() not in _FLOATS:
-        return [f"{scale} has type {header.get_dtype()}, which is not one of {', '.join(_FLOATS)}"]
+    found = headers[scale]
+    implied = tuple(-(-size // step) for size, step in zip(shape, block, strict=True))
+    if found.shape != implied:
+        return [f"{scale} has shape {list(found.shape)} where weight_block_size implies {list(implied)}"]
+    if found.dtype not in _FLOATS:
+        return [f"{scale} has type {found.dtype}, which is not one of {', '.join(_FLOATS)}"]
     return []
 
 

@@ -59,6 +59,8 @@ class Sample(Struct, frozen=True, kw_only=True):
     messages: Messages | None = None
     chat_template_kwargs: dict[str, Any] = {}
     bootstrap: Bootstrap | None = None
+    routing_key: str | None = None
+    """Prompts with one key go to one worker; the router reads it from a header, no worker sees it."""
 
     @property
     def prompt_field(self) -> Literal["text", "input_ids", "messages"]:
@@ -83,13 +85,13 @@ class GenerateCall(Struct, frozen=True):
         return sum(sample.options.sampling.n for sample in self.samples)
 
 
-def parse_generate(body: bytes) -> GenerateCall:
+def parse_generate(body: bytes, *, allow_mixed_versions: bool = False) -> GenerateCall:
     """Read a request body; everything else is as for `read_generate`."""
-    return read_generate(decode_object(body))
+    return read_generate(decode_object(body), allow_mixed_versions=allow_mixed_versions)
 
 
-def read_generate(values: Object) -> GenerateCall:
-    """Read the fields of a request.
+def read_generate(values: Object, *, allow_mixed_versions: bool = False) -> GenerateCall:
+    """Read the fields of a request; `allow_mixed_versions` is for one that does not say.
 
     Ids and seeds that the client did not choose are drawn here. Raises RequestError, naming the field, for anything
     wrong that can be seen without a model.
@@ -101,7 +103,8 @@ def read_generate(values: Object) -> GenerateCall:
     rids = _rids(fields.values.get("rid"), count, is_list=is_list)
     sampling = _sampling_params(fields.values.get("sampling_params"), count, is_list=is_list)
     bootstraps = _bootstraps(fields, [params.n for params in sampling], is_list=is_list)
-    shared = _options(fields)
+    shared = _options(fields, allow_mixed_versions)
+    _check_resumed(shared.resumed_tokens, prompt_field, prompts)
     template = _chat_template_kwargs(fields) if prompt_field == "messages" else {}
     samples = tuple(
         Sample(
@@ -220,7 +223,7 @@ def _sampling_params(value: object, count: int, *, is_list: bool) -> list[Sampli
     return [parse_sampling("sampling_params", value) for _ in range(count)]
 
 
-def _options(fields: Fields) -> RequestOptions:
+def _options(fields: Fields, allow_mixed_versions: bool) -> RequestOptions:
     """Read what all samples of a request share; its `sampling` is not read here."""
     wants_logprobs = fields.boolean("return_logprob", False)
     wants_rows = fields.boolean("return_routed_experts", False)
@@ -233,6 +236,8 @@ def _options(fields: Fields) -> RequestOptions:
         return_routed_experts=wants_rows,
         routed_experts_dtype="int32" if form == "int32" else "auto",
         data_parallel_rank=_data_parallel_rank(fields.values.get("data_parallel_rank")),
+        allow_mixed_versions=fields.boolean("allow_mixed_versions", allow_mixed_versions),
+        resumed_tokens=fields.integer("resumed_tokens", 0, ge=0),
     )
     # Without logprobs or rows, where they start means nothing, and a wrong start harms nobody.
     if wants_logprobs:
@@ -246,6 +251,17 @@ def _options(fields: Fields) -> RequestOptions:
         start = fields.integer("routed_experts_start_len", 0, ge=0)
         options = msgspec.structs.replace(options, routed_experts_start_len=start)
     return options
+
+
+def _check_resumed(resumed_tokens: int, prompt_field: str, prompts: list[Prompt]) -> None:
+    """Check that there is a prompt before the tokens that are resumed."""
+    if resumed_tokens == 0:
+        return
+    if prompt_field != "input_ids":
+        raise RequestError("resumed_tokens", f"are the last ones of input_ids; the prompt came as {prompt_field}")
+    num_tokens = min(map(len, prompts))
+    if resumed_tokens >= num_tokens:
+        raise RequestError("resumed_tokens", f"{resumed_tokens} leave no prompt of {num_tokens} input_ids")
 
 
 def _data_parallel_rank(value: object) -> int | None:

@@ -5,8 +5,9 @@ ids are the first token of each sample; the decode leg with a list of one reply 
 with a stream whose events have the sample's `index`.
 An aggregated worker, which has no other leg beside it, is asked and answers as a decode leg, without a room.
 
-A leg's reply is a sample's reply with one more key, `leg`: `{"rows": RowHeader | null, "timings": {...}}`. As msgpack
-its rows are raw bytes; in the last event of a stream they are base64 of the same bytes ("auto"). Neighbours:
+A leg's reply is a sample's reply with one more key, `leg`: `{"rows": RowHeader | null, "timings": {...}, "prompt_ids": [...]
+| null}`. As msgpack its rows are raw bytes; in the last event of a stream they are base64 of the same bytes ("auto"). Of a leg
+that resumes tokens (`resumed_tokens`) the text begins with theirs; ids, logprobs and rows are the new tokens' alone. Neighbours:
 `generate` (parses these bodies on the worker), `replies` (writes these answers).
 """
 
@@ -18,7 +19,7 @@ from typing import Annotated, Final, TypeVar
 import msgspec
 from msgspec import Meta, Struct
 
-from common.messages import Bootstrap, ErrorReport, FinishReason, Leg, RequestOptions, RowBlock, RowHeader
+from common.messages import Bootstrap, ErrorReport, FinishReason, Leg, RequestOptions, RowBlock, RowHeader, VersionSpan
 from common.protocol.generate import Sample
 from common.protocol.logprobs import LogprobItem
 
@@ -39,6 +40,8 @@ class LegExtras(Struct, frozen=True):
 
     rows: RowHeader | None = None
     timings: dict[str, float] = {}
+    prompt_ids: list[Count] | None = None
+    """Of a decode or aggregated leg that was retracted and has tokens: what its sample goes on from, before them."""
 
 
 class LegMeta(Struct, frozen=True, kw_only=True):
@@ -47,6 +50,7 @@ class LegMeta(Struct, frozen=True, kw_only=True):
     prompt_tokens: Count
     cached_tokens: Count
     weight_version: str
+    weight_versions: tuple[VersionSpan, ...] = ()
     finish_reason: FinishReason
     input_token_logprobs: list[LogprobItem] | None = None
     input_top_logprobs: TopLogprobItems | None = None
@@ -68,8 +72,17 @@ class LegReply(Struct, frozen=True):
     @property
     def is_aborted(self) -> bool:
         """Say whether the leg was ended because somebody asked for it."""
-        reason = self.meta_info.finish_reason
-        return reason.type == "abort" and reason.cause == "requested"
+        return self.meta_info.finish_reason.is_requested
+
+    @property
+    def is_retracted(self) -> bool:
+        """Say whether the leg was ended to go on later."""
+        return self.meta_info.finish_reason.is_retracted
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Say whether the leg was ended, to go on or not, before it had a token."""
+        return (self.is_aborted or self.is_retracted) and not self.output_ids
 
     @property
     def rows(self) -> RowBlock | None:
@@ -113,6 +126,8 @@ def encode_leg(sample: Sample, leg: Leg | None, *, rid: str, bootstrap: Bootstra
         "return_routed_experts": options.return_routed_experts,
         "routed_experts_start_len": options.routed_experts_start_len,
         "routed_experts_dtype": "auto",
+        "allow_mixed_versions": options.allow_mixed_versions,
+        "resumed_tokens": options.resumed_tokens,
         **_prompt_fields(sample),
     }
     if leg != "prefill":

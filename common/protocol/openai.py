@@ -53,6 +53,7 @@ _REQUEST: Final = (
     "routed_experts_start_len",
     "routed_experts_dtype",
     "data_parallel_rank",
+    "allow_mixed_versions",
     *REQUEST_NEUTRALS,
 )
 # OpenAI's fields that are not for here, with the values that ask for nothing.
@@ -116,25 +117,30 @@ CHAT_RENAMES: Final = Renames(
 )
 
 
-def parse_completion(body: bytes) -> OpenAICall:
-    """Read a body of POST /v1/completions. Raises RequestError, its field named as in /generate's body or in this one."""
+def parse_completion(body: bytes, *, allow_mixed_versions: bool = False) -> OpenAICall:
+    """Read a body of POST /v1/completions; `allow_mixed_versions` is for one that does not say.
+
+    Raises RequestError, its field named as in /generate's body or in this one.
+    """
     fields = Fields(decode_object(body))
     num_top: int | None = None
     if (value := fields.values.get("logprobs")) is not None:
         num_top = as_integer("logprobs", value, ge=0, le=2**31 - 1)
     max_tokens = _first_given(fields, "max_tokens", "max_completion_tokens", default=DEFAULT_COMPLETION_TOKENS)
-    return _call(fields, _completion_prompt(fields), max_tokens, num_top, is_chat=False)
+    prompt = _completion_prompt(fields)
+    return _call(fields, prompt, max_tokens, num_top, is_chat=False, allow_mixed_versions=allow_mixed_versions)
 
 
-def parse_chat(body: bytes) -> OpenAICall:
-    """Read a body of POST /v1/chat/completions. Raises RequestError, as `parse_completion` does."""
+def parse_chat(body: bytes, *, allow_mixed_versions: bool = False) -> OpenAICall:
+    """Read a body of POST /v1/chat/completions. Everything else is as for `parse_completion`."""
     fields = Fields(decode_object(body))
-    num_top = fields.integer("top_logprobs", 0, ge=0)
+    num_top: int | None = fields.integer("top_logprobs", 0, ge=0)
     wants_logprobs = fields.boolean("logprobs", False)
-    if num_top > 0 and not wants_logprobs:
+    if num_top and not wants_logprobs:
         raise RequestError("top_logprobs", "needs logprobs to be true")
     max_tokens = _first_given(fields, "max_completion_tokens", "max_tokens", default=DEFAULT_CHAT_TOKENS)
-    return _call(fields, _chat_prompt(fields), max_tokens, num_top if wants_logprobs else None, is_chat=True)
+    prompt, num_top = _chat_prompt(fields), (num_top if wants_logprobs else None)
+    return _call(fields, prompt, max_tokens, num_top, is_chat=True, allow_mixed_versions=allow_mixed_versions)
 
 
 def openai_error(report: ErrorReport, renames: Renames) -> Reply:
@@ -151,7 +157,13 @@ def openai_error(report: ErrorReport, renames: Renames) -> Reply:
 
 
 def _call(
-    fields: Fields, prompt: dict[str, object], max_tokens: int, num_top: int | None, *, is_chat: bool
+    fields: Fields,
+    prompt: dict[str, object],
+    max_tokens: int,
+    num_top: int | None,
+    *,
+    is_chat: bool,
+    allow_mixed_versions: bool,
 ) -> OpenAICall:
     refuse_unsupported(fields, _NEUTRALS)
     values = fields.values
@@ -174,7 +186,7 @@ def _call(
             "max_new_tokens": max_tokens,
         },
     }
-    call = read_generate(body)
+    call = read_generate(body, allow_mixed_versions=allow_mixed_versions)
     model = fields.string("model", "default")
     check_count("model", len(model), MAX_MODEL_CHARS, "characters")
     return OpenAICall(

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from common.errors import RequestError
-from common.messages import ErrorReport, Finished, RequestOptions, TopLogprobs
+from common.messages import ErrorReport, Finished, RequestOptions, TopLogprobs, VersionSpan
 from common.protocol.logprobs import TextOf, logprob_fields, output_logprob_fields
 
 MSGPACK = "application/msgpack"
@@ -36,28 +36,40 @@ def sample_reply(
     e2e_latency_s: float,
     rows: Mapping[str, object] | None = None,
     logprobs: Mapping[str, object] | None = None,
+    prompt_ids: Sequence[int] | None = None,
     is_leg: bool = False,
 ) -> Reply:
     """Build the reply of one sample that has ended.
 
     `rows` are the fields of `codec.row_fields`, and must be there exactly when the sample asked for rows; only an abort
     may have none. `logprobs` are the fields of `logprobs.logprob_fields`, by default those of `finished` without texts.
-    `is_leg`, set by workers, adds what only the router reads: the rows' header and the timings, under the key `leg`.
+    `weight_version` is that of the worker now, for a sample without any position that was computed.
+    `is_leg`, set by workers, adds what only the router reads: the rows' header, the timings, and the prompt's ids of a sample
+    that is to go on, under the key `leg`.
     """
     is_complete = finished.finish_reason.type != "abort"
     assert rows is None or options.return_routed_experts, "rows belong to a reply only when they were asked for"
     assert rows is not None or not (options.return_routed_experts and is_complete), "the rows are missing"
     meta = _meta(finished.rid, finished.prompt_tokens, len(finished.token_ids))
     meta["finish_reason"] = finished.finish_reason
-    meta |= {"cached_tokens": finished.cached_tokens, "weight_version": weight_version, "e2e_latency": e2e_latency_s}
+    meta |= {"cached_tokens": finished.cached_tokens, "e2e_latency": e2e_latency_s}
+    meta |= version_fields(finished.weight_versions, weight_version)
     meta |= finished.timings
     if options.return_logprob:
         meta |= logprob_fields(finished, options) if logprobs is None else logprobs
     meta |= rows or {}
     reply: Reply = {"text": text, "output_ids": finished.token_ids, "meta_info": meta}
     if is_leg:
-        reply["leg"] = {"rows": finished.rows, "timings": finished.timings}
+        reply["leg"] = {"rows": finished.rows, "timings": finished.timings, "prompt_ids": prompt_ids}
     return reply
+
+
+def version_fields(spans: Sequence[VersionSpan], weight_version: str) -> Reply:
+    """Make the fields that say which weights have computed a sample: all of them, and the last ones, or `weight_version`."""
+    return {
+        "weight_version": spans[-1].weight_version if spans else weight_version,
+        "weight_versions": spans,
+    }
 
 
 def progress_reply(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from common.messages import RowDtype, RowHeader, VersionSpan
+from common.messages import RowDtype, RowHeader
+from common.versions import Spans
 
 NUMPY_DTYPES: dict[RowDtype, np.dtype[np.unsignedinteger]] = {"uint8": np.dtype("<u1"), "uint16": np.dtype("<u2")}
 
@@ -49,8 +50,8 @@ class RowSpec:
         """Bytes of one row on the wire and in the host cache."""
         return self.num_layers * self.top_k * self.numpy_dtype.itemsize
 
-    def header(self, *, start: int, stop: int, weight_version: str) -> RowHeader:
-        """Describe the rows of positions `[start, stop)`, all computed by one version of the weights."""
+    def header(self, *, start: int, stop: int, weight_versions: Spans) -> RowHeader:
+        """Describe the rows of positions `[start, stop)`, which weights of these versions have computed."""
         return RowHeader(
             start=start,
             stop=stop,
@@ -59,7 +60,7 @@ class RowSpec:
             top_k=self.top_k,
             layer_ids=self.layer_ids,
             num_hidden_layers=self.num_hidden_layers,
-            weight_versions=(VersionSpan(start, stop, weight_version),) if start < stop else (),
+            weight_versions=weight_versions,
         )
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.messages import Generate, PromptLogprobs, TopLogprobs
+from common.versions import Spans, cut, spans_from
 
 
 class RequestState(Enum):
@@ -93,6 +94,10 @@ class Request:
     """Positions `[0, planned_tokens)` are computed, or will be by a step in flight."""
     computed_tokens: int = 0
     """Positions `[0, computed_tokens)` are computed and settled."""
+    version_changes: list[tuple[int, str]] = field(default_factory=list)
+    """From which positions on other weights than before have computed, and their version."""
+    prompt_versions: tuple[str, ...] = ()
+    """The weights that have computed the prompt in another engine."""
     steps_in_flight: int = 0
     started_at: float = 0.0
     """`time.perf_counter()` when it was first planned."""
@@ -142,6 +147,35 @@ class Request:
         """The prompt has been seated, and its first tokens have come from the cache: it is computed from there on."""
         self.cached_tokens = self.planned_tokens = self.computed_tokens = num_cached_tokens
         self.started_at = time.perf_counter()
+
+    def settle(self, start: int, stop: int, weight_version: str) -> None:
+        """A step under these weights has computed `[start, stop)`; a cached prefix before it is theirs too."""
+        self.computed_tokens = stop
+        if not self.version_changes or self.version_changes[-1][1] != weight_version:
+            is_first = not self.version_changes and start == self.cached_tokens
+            self.version_changes.append((0 if is_first else start, weight_version))
+
+    def versions_of(self, start: int, stop: int) -> Spans:
+        """Which weights have computed `[start, stop)`, as far as this engine has."""
+        return cut(spans_from(self.version_changes, self.computed_tokens), start, stop)
+
+    @property
+    def versions(self) -> tuple[str, ...]:
+        """The weights that have computed what there is of it, in order."""
+        return (*self.prompt_versions, *(version for _, version in self.version_changes))
+
+    def is_all_of(self, weight_version: str) -> bool:
+        """Whether no other weights have computed anything of it."""
+        return all(version == weight_version for version in self.versions)
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether its prompt ends with output of earlier legs."""
+        return self.message.options.resumed_tokens > 0
+
+    def may_go_on_under(self, weight_version: str) -> bool:
+        """Whether these weights may compute the rest of it."""
+        return self.message.options.allow_mixed_versions or self.is_all_of(weight_version)
 
     @property
     def num_cacheable_tokens(self) -> int:

@@ -7,7 +7,7 @@ a client that leaves cancels its handler, and leaving `EngineGroups.generate` ab
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Final, TypeVar, assert_never
 
@@ -31,11 +31,15 @@ from common.protocol.replies import (
 from common.server.admission import Admission
 from common.server.bodies import BodyWriter, send_body
 from common.server.control import WorkerControl
+from common.server.device_api import DeviceApi
 from common.server.engine_client import Ended
 from common.server.engine_groups import EngineGroups
 from common.server.http import EventStream, make_application, together
+from common.server.occupation import Occupation
 from common.server.output import Answer, SampleOutput, logprobs_of
 from common.server.tokenizer import Tokenizer
+from common.server.updates import Updates
+from common.server.weights_api import WeightsApi
 
 Result = TypeVar("Result")
 
@@ -65,11 +69,37 @@ class WorkerApp:
         self._tokenizer = tokenizer
         self._server = server
         self._admission = Admission(server.max_open_requests)
+        self._updates = Updates(
+            engine,
+            weight_version=ready.weight_version,
+            model_path=model.model,
+            deadline_s=options.weights_deadline_s,
+            leg=self._leg,
+        )
+        self._weights_api = WeightsApi(
+            self._updates,
+            num_ranks=engine.ranks.tp,
+            leg=self._leg,
+            deadline_s=options.weights_deadline_s,
+            max_bytes=server.max_weights_bytes,
+            allow_pickled=options.allow_pickled_weights,
+        )
+        occupation = Occupation(engine, self._updates, deadline_s=options.weights_deadline_s, leg=self._leg)
+        self._device_api = DeviceApi(
+            kind,
+            engine,
+            self._updates,
+            occupation,
+            profile_folder=options.profile_folder,
+            deadline_s=options.weights_deadline_s,
+        )
         self._control = WorkerControl(
             kind,
             engine,
             ready,
             model,
+            self._updates,
+            occupation,
             self._admission,
             self._deadline,
             health_deadline_s=options.health_deadline_s,
@@ -81,6 +111,8 @@ class WorkerApp:
         app = make_application(self._server, self._leg)
         app.router.add_post("/generate", self._generate)
         app.add_routes(self._control.routes())
+        app.add_routes(self._weights_api.routes())
+        app.add_routes(self._device_api.routes())
         return app
 
     async def drain(self) -> None:
@@ -152,10 +184,11 @@ class WorkerApp:
             finished,
             text=answer.text,
             options=options,
-            weight_version=self._ready.weight_version,
+            weight_version=self._updates.weight_version,
             e2e_latency_s=asyncio.get_running_loop().time() - started,
             rows=None if rows is None else writer.rows(rows, options.routed_experts_dtype),
             logprobs=answer.logprobs,
+            prompt_ids=answer.prompt_ids,
             is_leg=True,
         )
 
@@ -231,12 +264,17 @@ class WorkerApp:
         Raises ReportedError.
         """
         options, num_ends = sample.options, self._num_ends(sample)
-        outputs = [SampleOutput(sample.rid, len(message.input_ids), options, self._tokenizer) for _ in range(num_ends)]
+        outputs: list[SampleOutput] = []
+        if self._leg != "prefill":
+            outputs = await _run_where_it_fits(
+                lambda: [SampleOutput(message, self._tokenizer) for _ in range(num_ends)],
+                is_long=options.resumed_tokens > _LONG_OUTPUT_TOKENS,
+            )
         async with self._engine.generate(message, num_ends=num_ends) as updates:
             async for update in updates:
                 match update:
                     case Ended():
-                        yield update.finished.index, await self._end(outputs[update.finished.index], update, sample)
+                        yield update.finished.index, await self._end(outputs, update, sample)
                     case Tokens():
                         output = outputs[update.index]
                         if output.has_stopped:
@@ -252,16 +290,17 @@ class WorkerApp:
                     case _:
                         assert_never(update)
 
-    async def _end(self, output: SampleOutput, ended: Ended, sample: Sample) -> Answer:
+    async def _end(self, outputs: Sequence[SampleOutput], ended: Ended, sample: Sample) -> Answer:
         finished, tokenizer = ended.finished, self._tokenizer
         num_prompt_logprobs = 0 if finished.prompt_logprobs is None else len(finished.prompt_logprobs.token_ids)
-        is_long = len(finished.token_ids) + num_prompt_logprobs > _LONG_OUTPUT_TOKENS
+        num_output = len(finished.token_ids) + sample.options.resumed_tokens
+        is_long = num_output + num_prompt_logprobs > _LONG_OUTPUT_TOKENS
         if self._leg == "prefill":
             # The first tokens of several samples are no text, and of one sample the decode leg tells.
             return await _run_where_it_fits(
                 lambda: Answer(ended, "", logprobs_of(ended, sample.options, tokenizer)), is_long=is_long
             )
-        return await _run_where_it_fits(lambda: output.end(ended), is_long=is_long)
+        return await _run_where_it_fits(lambda: outputs[finished.index].end(ended), is_long=is_long)
 
     @asynccontextmanager
     async def _deadline(self, limit_s: float | None = None, *, started: float | None = None) -> AsyncIterator[None]:

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from aiohttp import web
 
 from common.config import ModelOptions
-from common.errors import RequestError
+from common.errors import MEMORY_RELEASED, RequestError
 from common.ids import new_rid
 from common.messages import (
     EngineReady,
@@ -26,7 +26,9 @@ from common.observability.metrics import render_stats
 from common.protocol.fields import Fields, decode_object
 from common.protocol.replies import Reply, encode_json
 from common.server.admission import Admission
-from common.server.engine_groups import EngineGroups
+from common.server.engine_groups import EngineGroups, summed
+from common.server.occupation import Occupation
+from common.server.updates import Updates
 
 
 class WorkerControl:
@@ -41,6 +43,8 @@ class WorkerControl:
         engine: EngineGroups,
         ready: EngineReady,
         model: ModelOptions,
+        updates: Updates,
+        occupation: Occupation,
         admission: Admission,
         deadline: Callable[[float | None], AbstractAsyncContextManager[None]],
         *,
@@ -51,6 +55,8 @@ class WorkerControl:
         self._engine = engine
         self._ready = ready
         self._model = model
+        self._updates = updates
+        self._occupation = occupation
         self._admission = admission
         self._deadline = deadline
         self._health_deadline_s = health_deadline_s
@@ -78,11 +84,23 @@ class WorkerControl:
             return _json({"status": "draining", "reason": "this server is shutting down"}, status=503)
         if (refusal := self._engine.refusal) is not None:
             status = "crowded" if self._engine.is_crowded else "unhealthy"
+            if refusal.code == MEMORY_RELEASED:
+                status = "released"
             return _json({"status": status, "reason": refusal.message}, status=503)
-        return _json({"status": "ok", "dp_size": self._engine.ranks.dp})
+        return _json(
+            {
+                "status": "ok",
+                "dp_size": self._engine.ranks.dp,
+                "paused": self._updates.is_paused,
+                "weight_version": self._updates.weight_version,
+            }
+        )
 
     async def health_generate(self, _: web.Request) -> web.Response:
-        """Send one token through this worker's own engine, without another worker."""
+        """Send one token through this worker's own engine, without another worker; 503 while generation is paused."""
+        if self._updates.is_paused:
+            paused = ErrorReport(status=503, message="generation is paused", code="paused", leg=leg_of(self._kind))
+            raise ReportedError(paused)
         options = RequestOptions(sampling=SamplingParams(max_new_tokens=1, temperature=0.0))
         message = Generate(rid=f"health-{new_rid()}", input_ids=[0], options=options)
         async with self._deadline(self._health_deadline_s), self._engine.generate(message) as updates:
@@ -109,7 +127,15 @@ class WorkerControl:
                 "tp_size": ranks.tp,
                 "dp_size": ranks.dp,
                 "ep": ranks.ep,
+                "ep_size": ranks.tp if ranks.ep else 1,
+                "pp_size": 1,
+                "num_gpus": ranks.tp if ready.device.startswith("cuda") else 0,
+                "load_balance_method": "follow_bootstrap_room" if self._kind == "prefill" else "shortest_queue",
+                "prefill_round_robin_balance": False,
+                "enable_memory_saver": True,
+                "memory_released": self._occupation.released,
                 "enable_return_routed_experts": True,
+                "paused": self._updates.is_paused,
                 "max_total_num_tokens": ready.kv_pool_tokens,
                 "max_running_requests": ready.max_running_requests,
                 "page_size": ready.page_size,
@@ -122,11 +148,23 @@ class WorkerControl:
         return _json({**self._model_fields(), "tokenizer_path": self._model.model, "is_generation": True})
 
     async def loads(self, _: web.Request) -> web.Response:
-        """Say how much there is to do: open answers here, requests and pages in the engine."""
+        """Say how much there is to do: open answers here, requests and pages in the engine, in all and by attention group."""
         async with self._deadline(None):
-            stats = await self._engine.stats()
+            groups = await self._engine.group_stats()
+        stats, page_size = summed(groups), self._ready.page_size
         return _json(
             {
+                "paused": self._updates.is_paused,
+                "loads": [
+                    {
+                        "dp_rank": group,
+                        "num_running_reqs": each.running_requests,
+                        "num_waiting_reqs": each.queued_requests,
+                        "num_used_tokens": (each.pages.total - each.pages.free) * page_size,
+                        "max_total_num_tokens": each.pages.total * page_size,
+                    }
+                    for group, each in enumerate(groups)
+                ],
                 "open_requests": self._admission.num_open,
                 "queued_requests": stats.queued_requests,
                 "running_requests": stats.running_requests,
@@ -162,9 +200,9 @@ class WorkerControl:
     def _model_fields(self) -> Reply:
         ready = self._ready
         return {
-            "model_path": self._model.model,
+            "model_path": self._updates.model_path,
             "model_type": ready.model_type,
-            "weight_version": ready.weight_version,
+            "weight_version": self._updates.weight_version,
             "vocab_size": ready.vocab_size,
             "context_tokens": ready.context_tokens,
             "num_hidden_layers": ready.num_hidden_layers,

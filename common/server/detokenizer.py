@@ -9,6 +9,7 @@ beginning of a stop string. It knows no request and no engine. Neighbours: `toke
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
+from common.errors import RequestError
 from common.messages import SamplingParams
 from common.server.tokenizer import Tokenizer
 
@@ -144,9 +145,13 @@ class Stop(NamedTuple):
 
 
 class OutputText:
-    """One sample's text: what may be shown of it at any time, where it stops, and what it is in the end."""
+    """One sample's text: what may be shown of it at any time, where it stops, and what it is in the end.
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    `resumed_ids` are the tokens that it begins with, which have been generated before. Raises RequestError if they have a stop
+    string already.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, resumed_ids: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._params = params
         self._tokens = Detokenizer(tokenizer, skip_special_tokens=params.skip_special_tokens)
@@ -159,6 +164,11 @@ class OutputText:
         self._num_chars_before = 0
         self._unfinished_before = ""
         self._may_be_stop_token = False
+        for token_id in resumed_ids:
+            if (stop := self.push(token_id)) is not None:
+                raise RequestError("resumed_tokens", f"their text has the stop string {stop.matched!r}")
+        # A stop is told by the number of new tokens.
+        self._num_tokens = 0
 
     def push(self, token_id: int) -> Stop | None:
         """Take a token; returns a stop if it completes a stop string. Nothing may be pushed after that."""
@@ -180,7 +190,7 @@ class OutputText:
 
     def finish(self) -> Stop | None:
         """Say that no token will come; returns a stop if what was held back completes a stop string."""
-        return None if self._match is not None else self._add(self._tokens.finish())
+        return None if self._match is not None or self._num_tokens == 0 else self._add(self._tokens.finish())
 
     def final(self, *, at_stop_token: bool) -> str:
         """Give the whole text, once `finish` was called: without a stop string and what follows it, or a stop token."""

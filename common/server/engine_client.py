@@ -2,7 +2,8 @@
 
 When the engine process ends, every request that is open fails at once; nothing waits for a process that is gone. An engine that
 is silent for too long, because it was stopped or hangs in a kernel, is as good as gone, but may come back: its requests fail and
-are aborted, and until it beats again it is sent no others. It knows no HTTP. Neighbours: `common.wire.FrontendChannel`,
+are aborted, and until it beats again it is sent no others. An engine that carries out an order may be silent for as long as the
+order is given. It knows no HTTP. Neighbours: `common.wire.FrontendChannel`,
 `engine_groups` (its user), `common.engine.beats` (what is listened for).
 """
 
@@ -22,6 +23,7 @@ from common.messages import (
     Abort,
     Beat,
     CacheFlushed,
+    EndCause,
     EngineReady,
     EngineToFrontend,
     ErrorReport,
@@ -39,6 +41,7 @@ from common.messages import (
     StopAt,
     Tokens,
 )
+from common.orders import Done, Order
 from common.wire import FrontendChannel
 
 log = logging.getLogger(__name__)
@@ -55,6 +58,7 @@ class Ended(NamedTuple):
 
 
 Update = Tokens | Ended | Failed
+_Answer = Stats | CacheFlushed | Done
 
 
 class EngineClient:
@@ -75,7 +79,9 @@ class EngineClient:
         self._runs: dict[str, str] = {}
         """What the engine knows each open rid by."""
         self._updates: dict[str, asyncio.Queue[Update]] = {}
-        self._answers: dict[int, asyncio.Future[Stats | CacheFlushed]] = {}
+        self._answers: dict[int, asyncio.Future[_Answer]] = {}
+        self._patience_s: dict[int, float] = {}
+        """Serials of orders that the engine has, and how long it may be silent for each."""
         self._serials = itertools.count()
         self._heard_at = clock()
         self.num_open_samples = 0
@@ -106,16 +112,21 @@ class EngineClient:
 
     async def watch(self, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep) -> None:
         """See that the engine is never silent for longer than its deadline; runs until cancelled."""
-        deadline_s = self._options.engine_deadline_s
+        usual_s = self._options.engine_deadline_s
         self._heard_at = self._clock()
         while True:
             silent_s = self._clock() - self._heard_at
-            await sleep(max(0.0, deadline_s - silent_s) or deadline_s)
-            if self._clock() - self._heard_at < deadline_s:
+            await sleep(max(0.0, usual_s - silent_s % usual_s) or usual_s)
+            if self._clock() - self._heard_at < self._deadline_s:
                 continue
             await sleep(_READING_S)
-            if self._silence is None and self._clock() - self._heard_at >= deadline_s:
-                self._on_silence(f"the engine has been silent for {deadline_s:g} s")
+            if self._silence is None and self._clock() - self._heard_at >= self._deadline_s:
+                self._on_silence(f"the engine has been silent for {self._deadline_s:g} s")
+
+    @property
+    def _deadline_s(self) -> float:
+        """How long the engine may be silent now."""
+        return self._options.engine_deadline_s + max(self._patience_s.values(), default=0.0)
 
     def fail(self, message: str) -> None:
         """The engine is gone: end everything that is open, and refuse what comes."""
@@ -125,8 +136,7 @@ class EngineClient:
     def _on_silence(self, message: str) -> None:
         log.error("%s", message)
         self._silence = self._unavailable(message, "engine_stuck")
-        for run in self._updates:
-            self._channel.send(Abort(run))  # if it comes back, it is to give everything back
+        self._abort_open()  # if it comes back, it is to give everything back
         self._fail_open(DeadlineExceeded(message, leg=self._leg, stage="engine"))
 
     def _heard(self) -> None:
@@ -135,9 +145,21 @@ class EngineClient:
             log.warning("the engine is back")
             self._silence = None
 
-    def _fail_open(self, error: RequestFailed) -> None:
+    def abandon(self, error: ErrorReport) -> None:
+        """End all open requests with a failure, here and in the engine."""
+        self._abort_open()
+        self._fail_requests(error)
+
+    def _abort_open(self) -> None:
+        for run in self._updates:
+            self._channel.send(Abort(run))
+
+    def _fail_requests(self, error: ErrorReport) -> None:
         for rid, queue in self._updates.items():
-            queue.put_nowait(Failed(rid, ErrorReport.of(error, rid=rid)))
+            queue.put_nowait(Failed(rid, replace(error, rid=rid)))
+
+    def _fail_open(self, error: RequestFailed) -> None:
+        self._fail_requests(ErrorReport.of(error))
         for waiting in self._answers.values():
             if not waiting.done():
                 waiting.set_exception(error)
@@ -195,12 +217,30 @@ class EngineClient:
         """End sample `index` of an open request after its first `num_tokens` tokens, where a stop string was found."""
         self._channel.send(StopAt(rid=self._runs[rid], index=index, num_tokens=num_tokens, matched=matched))
 
-    def finish_now(self, prefix: str) -> list[str]:
+    def finish_now(self, prefix: str, cause: EndCause = "requested") -> list[str]:
         """End the open requests whose rids begin with `prefix`: each answers with what it has. Returns their rids."""
         rids = [rid for rid in self._runs if rid.startswith(prefix)]
         for rid in rids:
-            self._channel.send(FinishNow(self._runs[rid]))
+            self._channel.send(FinishNow(self._runs[rid], cause))
         return rids
+
+    async def carry_out(self, order: Order, *, patience_s: float = 0.0) -> Done:
+        """Have the engine carry out an order, whose serial is drawn here; returns how that went. Raises as `stats` does.
+
+        Meanwhile the engine may be silent for so many seconds more than usual.
+        """
+        serial = next(self._serials)
+        self._patience_s[serial] = patience_s
+        try:
+            done = await self._ask(serial, replace(order, serial=serial))
+        finally:
+            del self._patience_s[serial]
+        assert isinstance(done, Done)
+        return done
+
+    def post(self, order: Order) -> None:
+        """Have an order carried out whenever the engine gets to it, even if it is silent now; nobody waits for the answer."""
+        self._channel.send(replace(order, serial=next(self._serials)))
 
     async def stats(self) -> Stats:
         """Ask the engine for its statistics; raises ReportedError or RequestFailed if it is gone or silent."""
@@ -220,13 +260,13 @@ class EngineClient:
         """Ask the engine process to exit."""
         self._channel.send(Shutdown())
 
-    async def _ask(self, serial: int, question: GetStats | FlushCache) -> Stats | CacheFlushed:
+    async def _ask(self, serial: int, question: GetStats | FlushCache | Order) -> _Answer:
         if self._silence is not None:
             raise ReportedError(self._silence)
         waiting = self._answers[serial] = asyncio.get_running_loop().create_future()
         try:
             self._channel.send(question)
-            answer: Stats | CacheFlushed = await waiting
+            answer: _Answer = await waiting
             return answer
         finally:
             del self._answers[serial]
@@ -235,7 +275,7 @@ class EngineClient:
         match message:
             case EngineReady():
                 self.ready.set_result(message)
-            case Stats() | CacheFlushed():
+            case Stats() | CacheFlushed() | Done():
                 waiting = self._answers.get(message.serial)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(message)

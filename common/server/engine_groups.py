@@ -15,7 +15,8 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from common.errors import RequestError
-from common.messages import EngineReady, ErrorReport, Generate, Leg, ReportedError, Stats
+from common.messages import EndCause, EngineReady, ErrorReport, Generate, Leg, ReportedError, Stats
+from common.orders import Done, Order
 from common.ranks import Ranks
 from common.server.engine_client import EngineClient, Update
 from common.server.http import together
@@ -33,10 +34,14 @@ class EngineGroups:
         self._leg = leg
         self._by_turn = list(engines)
         """The one that was chosen longest ago comes first."""
+        self._broken: ErrorReport | None = None
+        self._shut: ErrorReport | None = None
 
     @property
     def refusal(self) -> ErrorReport | None:
         """Why no request can be served now; None if all groups are well, and one of them is not crowded."""
+        if self._broken is not None or self._shut is not None:
+            return self._broken or self._shut
         unwell = [engine for engine in self._engines if engine.refusal is not None]
         for engine in unwell:
             if not engine.is_crowded:
@@ -46,7 +51,8 @@ class EngineGroups:
     @property
     def is_crowded(self) -> bool:
         """Whether all groups are well but for pages in quarantine: the requests that they have go on."""
-        return all(engine.is_crowded for engine in self._engines)
+        is_shut = self._broken is not None or self._shut is not None
+        return not is_shut and all(engine.is_crowded for engine in self._engines)
 
     async def ready(self) -> EngineReady:
         """Wait until every group can serve; the limits are the least of all, so that any request fits any group."""
@@ -75,6 +81,24 @@ class EngineGroups:
         for engine in self._engines:
             engine.fail(message)
 
+    def break_down(self, error: ErrorReport) -> None:
+        """Serve nothing until `mend`: what is open fails, what comes is refused. The groups themselves may be well."""
+        self._broken = error
+        for engine in self._engines:
+            engine.abandon(error)
+
+    def mend(self) -> None:
+        """Serve again."""
+        self._broken = None
+
+    def shut(self, error: ErrorReport) -> None:
+        """Take no request until `open`; what is open goes on."""
+        self._shut = error
+
+    def open(self) -> None:
+        """Take requests again."""
+        self._shut = None
+
     def check_group(self, message: Generate) -> None:
         """Raise RequestError if the client has named a group that cannot have this request."""
         named, num_groups = message.options.data_parallel_rank, self.ranks.dp
@@ -100,13 +124,26 @@ class EngineGroups:
         assert owner is not None, f"{rid!r} is not open"
         owner.stop_at(rid, index, num_tokens=num_tokens, matched=matched)
 
-    def finish_now(self, prefix: str) -> list[str]:
+    def finish_now(self, prefix: str, cause: EndCause = "requested") -> list[str]:
         """End the open requests whose rids begin with `prefix`: each answers with what it has. Returns their rids."""
-        return [rid for engine in self._engines for rid in engine.finish_now(prefix)]
+        return [rid for engine in self._engines for rid in engine.finish_now(prefix, cause)]
+
+    async def carry_out(self, order: Order, *, patience_s: float = 0.0) -> list[Done]:
+        """Have all groups carry out an order at once; raises as `EngineClient.carry_out` does."""
+        return await together([engine.carry_out(order, patience_s=patience_s) for engine in self._engines])
+
+    def post(self, order: Order) -> None:
+        """Have all groups carry out an order whenever they get to it."""
+        for engine in self._engines:
+            engine.post(order)
 
     async def stats(self) -> Stats:
         """Ask all groups for their statistics, and add them up; raises as `EngineClient.stats` does."""
-        return summed(await together([engine.stats() for engine in self._engines]))
+        return summed(await self.group_stats())
+
+    async def group_stats(self) -> list[Stats]:
+        """Ask all groups for their statistics, in the groups' order; raises as `EngineClient.stats` does."""
+        return await together([engine.stats() for engine in self._engines])
 
     async def flush_cache(self) -> str | None:
         """Have all groups forget their cached prefixes; returns why the first that did not has not. Raises as `stats`."""

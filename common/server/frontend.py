@@ -3,7 +3,7 @@
 It starts the ranks as children and is their only client: it talks to the leader of each attention group. When a rank ends,
 whatever the reason, the open requests fail, the other ranks are killed, and this process ends too: a worker without all of its
 engine is no worker. All kinds run this; what differs is in the arguments. Neighbours: `engine_processes` (the children),
-`engine_groups` (what is asked of them), `app` (what is served).
+`engine_groups` (what is asked of them), `app` (what is served), `registration` (how a router learns of it).
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import uvloop
 from msgspec import Struct
 from msgspec.structs import replace
 
-from common.config import EngineOptions, ModelOptions, ServerOptions, to_flags
+from common.config import EngineOptions, ModelOptions, RegistrationOptions, ServerOptions, to_flags
 from common.messages import WorkerKind, leg_of
 from common.models.config import resolve_checkpoint
 from common.observability.logging import configure_logging
@@ -26,6 +26,7 @@ from common.server.engine_client import EngineClient
 from common.server.engine_groups import EngineGroups
 from common.server.engine_processes import EngineProcesses
 from common.server.http import start_server, stop_on_signals
+from common.server.registration import Registration
 from common.server.tokenizer import Tokenizer
 from common.wire import FrontendChannel, engine_endpoint
 
@@ -50,6 +51,10 @@ class WorkerConfig(Protocol):
     def server(self) -> ServerOptions:
         """Where to listen."""
 
+    @property
+    def registration(self) -> RegistrationOptions:
+        """Which router to join."""
+
 
 def run_frontend(
     kind: WorkerKind, config: WorkerConfig, *, engine_module: str, bootstrap_port: int | None = None
@@ -60,9 +65,10 @@ def run_frontend(
     """
     configure_logging(kind, config.server.log_level)
     ranks = config.engine.ranks
+    registration = Registration(kind, config.registration, config.server, bootstrap_port)
     ensure_port_free(config.server.host, config.server.port)
     tokenizer = Tokenizer.load(resolve_checkpoint(config.model.model, weights=False))
-    return uvloop.run(_serve(kind, config, ranks, tokenizer, engine_module, bootstrap_port))
+    return uvloop.run(_serve(kind, config, ranks, tokenizer, registration, engine_module, bootstrap_port))
 
 
 async def _serve(
@@ -70,6 +76,7 @@ async def _serve(
     config: WorkerConfig,
     ranks: Ranks,
     tokenizer: Tokenizer,
+    registration: Registration,
     engine_module: str,
     bootstrap_port: int | None,
 ) -> int:
@@ -78,8 +85,9 @@ async def _serve(
         channels = [FrontendChannel(engine_endpoint(folder, group)) for group in range(ranks.dp)]
         engine = EngineGroups([EngineClient(channel, config.engine, leg=leg) for channel in channels], ranks, leg=leg)
         assert isinstance(config, Struct)
-        # Anybody on this host can read a process's flags, and the engine has no use for the key.
-        flags = to_flags(replace(config, server=replace(config.server, api_key="")))
+        # Anybody on this host can read a process's flags, and the engine has no use for the keys.
+        server, no_router = replace(config.server, api_key=""), RegistrationOptions()
+        flags = to_flags(replace(config, server=server, registration=no_router))
         processes = await EngineProcesses.start(engine_module, folder, ranks.tp, flags)
         ready = asyncio.create_task(engine.ready())
         receiving = asyncio.create_task(engine.run())
@@ -99,7 +107,7 @@ async def _serve(
                     config.engine,
                     bootstrap_port=bootstrap_port,
                 )
-                await _run_until_end(app, config.server, engine, ends, stopping)
+                await _run_until_end(app, config.server, engine, registration, ends, stopping)
             if receiving.done():
                 receiving.result()
             if stopping.done():
@@ -124,6 +132,7 @@ async def _run_until_end(
     app: WorkerApp,
     options: ServerOptions,
     engine: EngineGroups,
+    registration: Registration,
     ends: "set[asyncio.Task[Any]]",
     stopping: "asyncio.Task[Any]",
 ) -> None:
@@ -133,10 +142,11 @@ async def _run_until_end(
     """
     runner = await start_server(app.application(), options, shutdown_deadline_s=_LAST_WORDS_S)
     watching = asyncio.create_task(engine.watch())
+    registering = asyncio.create_task(registration.run())
     try:
         await asyncio.wait({watching, *ends}, return_when=asyncio.FIRST_COMPLETED)
         if stopping.done():
-            drained = asyncio.create_task(app.drain())
+            drained = asyncio.create_task(_leave_and_drain(app, registration, registering, options))
             others = {drained, watching, *ends} - {stopping}
             await asyncio.wait(others, timeout=options.shutdown_deadline_s, return_when=asyncio.FIRST_COMPLETED)
             drained.cancel()
@@ -144,6 +154,17 @@ async def _run_until_end(
             watching.result()
     finally:
         watching.cancel()
+        registering.cancel()
         is_gone = any(end.done() for end in ends - {stopping})
         engine.fail("the engine process has ended" if is_gone else "the worker is shutting down")
         await runner.cleanup()
+
+
+async def _leave_and_drain(
+    app: WorkerApp, registration: Registration, registering: "asyncio.Task[None]", options: ServerOptions
+) -> None:
+    """End what is open; before, leave the router, in half of the time at most, so that no leg on its way here is refused."""
+    registering.cancel()
+    await asyncio.wait([registering])
+    await registration.leave(options.shutdown_deadline_s / 2)
+    await app.drain()

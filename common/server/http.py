@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-TAKES_NO_MORE: Final = frozenset(("draining", "crowded"))
+TAKES_NO_MORE: Final = frozenset(("draining", "crowded", "released"))
 """What `status` is in the 503 of a /health whose process takes no new requests, and goes on with those that it has."""
 
 _OPEN_PATHS: Final = frozenset(("/health", "/metrics"))

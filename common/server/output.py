@@ -11,19 +11,20 @@ from msgspec.structs import replace
 from common.errors import RequestFailed
 from common.messages import (
     FinishReason,
+    Generate,
     RequestOptions,
     RowBlock,
     RowHeader,
     SamplingParams,
     Tokens,
     TopLogprobs,
-    VersionSpan,
 )
 from common.protocol.logprobs import logprob_fields
 from common.protocol.replies import Reply, progress_reply
 from common.server.detokenizer import OutputText, Stop
 from common.server.engine_client import Ended
 from common.server.tokenizer import Tokenizer
+from common.versions import cut
 
 
 class Answer(NamedTuple):
@@ -32,17 +33,24 @@ class Answer(NamedTuple):
     ended: Ended
     text: str
     logprobs: Reply
+    prompt_ids: list[int] | None = None
+    """What a retracted sample that has tokens goes on from, before them."""
 
 
 class SampleOutput:
-    """One sample of a request, from its first token to its end."""
+    """One sample of a request, from its first token to its end.
 
-    def __init__(self, rid: str, prompt_tokens: int, options: RequestOptions, tokenizer: Tokenizer) -> None:
-        self._rid = rid
-        self._prompt_tokens = prompt_tokens
-        self._options = options
+    Its text begins with that of the tokens that are resumed; all else is about the new ones. Making one may take long, and
+    raises RequestError if the sample would have stopped before.
+    """
+
+    def __init__(self, message: Generate, tokenizer: Tokenizer) -> None:
+        self._message = message
+        self._options = options = message.options
         self._tokenizer = tokenizer
-        self._text = OutputText(tokenizer, options.sampling)
+        self._resumed_ids = message.input_ids[len(message.input_ids) - options.resumed_tokens :]
+        self._is_followed = options.stream or bool(options.sampling.stop)
+        self._text = OutputText(tokenizer, options.sampling, self._resumed_ids if self._is_followed else ())
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._top_logprobs: list[TopLogprobs] = []
@@ -64,12 +72,12 @@ class SampleOutput:
     def progress(self) -> Reply:
         """Make the stream's event for what there is so far."""
         return progress_reply(
-            self._rid,
+            self._message.rid,
             text=self._text.visible(),
             token_ids=self._token_ids,
             logprobs=self._logprobs,
             top_logprobs=self._top_logprobs,
-            prompt_tokens=self._prompt_tokens,
+            prompt_tokens=len(self._message.input_ids),
             options=self._options,
             text_of=self._tokenizer.text_of,
         )
@@ -81,16 +89,21 @@ class SampleOutput:
         """
         options, reason = self._options, ended.finished.finish_reason
         at_stop_token = reason.type == "stop" and isinstance(reason.matched, int)
-        if options.stream or options.sampling.stop:
+        if self._is_followed:
             if self._stop is None:
                 self._read(ended.finished.token_ids[len(self._token_ids) :])
-                self._stop = self._stop or self._text.finish()
+                # A character that a retracted sample has begun may still become another one.
+                self._stop = self._stop if reason.is_retracted else self._stop or self._text.finish()
             text = self._text.final(at_stop_token=at_stop_token)
         else:
-            text = self._whole_text(ended.finished.token_ids, options.sampling, at_stop_token=at_stop_token)
+            token_ids = self._resumed_ids + ended.finished.token_ids
+            text = self._whole_text(token_ids, options.sampling, at_stop_token=at_stop_token)
         if self._stop is not None:
             ended = cut_at_stop(ended, self._stop)
-        return Answer(ended, text, logprobs_of(ended, options, self._tokenizer))
+        finished = ended.finished
+        goes_on = finished.finish_reason.is_retracted and finished.token_ids
+        prompt_ids = self._message.input_ids if goes_on else None
+        return Answer(ended, text, logprobs_of(ended, options, self._tokenizer), prompt_ids)
 
     def _read(self, token_ids: list[int]) -> int:
         """Append tokens up to the one that completes a stop string; returns how many that are."""
@@ -124,7 +137,8 @@ def cut_at_stop(ended: Ended, stop: Stop) -> Ended:
             f"the engine has ended {finished.rid!r} with {len(finished.token_ids)} tokens after it had reported {count}",
             stage="engine",
         )
-    rows = None if rows is None else _cut_rows(rows, finished.prompt_tokens + count - 1)
+    stop_position = finished.prompt_tokens + count - 1
+    rows = None if rows is None else _cut_rows(rows, stop_position)
     finished = replace(
         finished,
         token_ids=finished.token_ids[:count],
@@ -132,6 +146,7 @@ def cut_at_stop(ended: Ended, stop: Stop) -> Ended:
         top_logprobs=finished.top_logprobs[:count],
         finish_reason=FinishReason(type="stop", matched=stop.matched),
         rows=None if rows is None else rows.header,
+        weight_versions=cut(finished.weight_versions, 0, stop_position),
     )
     return Ended(finished, rows)
 
@@ -142,10 +157,6 @@ def _cut_rows(block: RowBlock, stop: int) -> RowBlock:
     if header.stop <= stop:
         return block
     stop = max(header.start, stop)
-    spans = tuple(
-        VersionSpan(span.start, min(span.stop, stop), span.weight_version)
-        for span in header.weight_versions
-        if span.start < stop
-    )
+    spans = cut(header.weight_versions, header.start, stop)
     shorter: RowHeader = replace(header, stop=stop, weight_versions=spans)
     return RowBlock(shorter, memoryview(block.data)[: shorter.num_bytes])

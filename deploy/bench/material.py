@@ -12,6 +12,7 @@ from common.messages import Finished, FinishReason, Leg, RequestOptions, RowBloc
 from common.protocol.replies import SSE_DONE, Reply, encode_json, encode_msgpack, sample_reply, sse_event
 from common.routed_experts.codec import RowForm, Rows, block_of, row_fields
 from common.routed_experts.spec import RowSpec
+from common.versions import whole
 
 SPEC: Final = RowSpec(num_experts=128, top_k=8, layer_ids=tuple(range(48)), num_hidden_layers=48)
 LONG_TOKENS: Final = 32768
@@ -29,7 +30,7 @@ def make_rows(num_rows: int, spec: RowSpec = SPEC) -> Rows:
 
 def make_block(start: int, stop: int) -> RowBlock:
     """Make the block of positions `[start, stop)`."""
-    header = SPEC.header(start=start, stop=stop, weight_version=WEIGHT_VERSION)
+    header = SPEC.header(start=start, stop=stop, weight_versions=whole(start, stop, WEIGHT_VERSION))
     return block_of(header, make_rows(stop - start))
 
 
@@ -41,16 +42,16 @@ class Exchange(Struct, frozen=True):
 
     def leg_body(self, leg: Leg, form: LegForm, *, rows: bool) -> bytes:
         """Write the body of one leg's reply: rows are bytes in msgpack, int32 in JSON, and compact in a stream."""
-        block = self._block(leg) if rows else None
+        block = make_block(*self._positions(leg)) if rows else None
         if form == "msgpack":
             return encode_msgpack(self._reply(leg, block, "auto", binary=True))
         if form == "json":
             return encode_json(self._reply(leg, block, "int32", binary=False))
         return sse_event(self._reply(leg, block, "auto", binary=False)) + SSE_DONE
 
-    def _block(self, leg: Leg) -> RowBlock:
+    def _positions(self, leg: Leg) -> tuple[int, int]:
         handover = self.prompt_tokens
-        return make_block(0, handover) if leg == "prefill" else make_block(handover, handover + self.output_tokens - 1)
+        return (0, handover) if leg == "prefill" else (handover, handover + self.output_tokens - 1)
 
     def _reply(self, leg: Leg, block: RowBlock | None, form: RowForm, *, binary: bool) -> Reply:
         finished = Finished(
@@ -61,6 +62,7 @@ class Exchange(Struct, frozen=True):
             logprobs=[],
             finish_reason=FinishReason(type="length", length=self.output_tokens),
             rows=None if block is None else block.header,
+            weight_versions=whole(*self._positions(leg), WEIGHT_VERSION),
         )
         return sample_reply(
             finished,

@@ -9,11 +9,12 @@ Neighbours: `deploy.stack` (the processes), `deploy.replay.client` (the requests
 import asyncio
 from pathlib import Path
 
+from deploy.answers import ReplyForm
 from deploy.bench.figures import Figure, Target, make_figure
 from deploy.bench.options import BenchError, BenchOptions
 from deploy.bench.rounds import alternate
 from deploy.demo import demo_checkpoint
-from deploy.replay.client import ReplyForm, RequestSettings, send_all
+from deploy.replay.client import RequestSettings, send_all
 from deploy.replay.workload import Sample, load_tokenizer, read_workload
 from deploy.stack import running_stack
 

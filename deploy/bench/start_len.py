@@ -9,6 +9,7 @@ import numpy as np
 from common.memory.page_allocator import PageAllocator
 from common.routed_experts.collect import collect
 from common.routed_experts.host_cache import HostCache, Slots
+from common.versions import whole
 from deploy.bench.figures import Figure, Target, make_figure
 from deploy.bench.material import LONG_TOKENS, SPEC, WEIGHT_VERSION, make_rows
 from deploy.bench.options import BenchOptions
@@ -28,9 +29,9 @@ def run(options: BenchOptions) -> list[Figure]:
 
     def microseconds(count: int) -> float:
         start = num_rows - count
-        chosen = slots[start:]
+        chosen, versions = slots[start:], whole(start, num_rows, WEIGHT_VERSION)
         return 1e6 * seconds_of(
-            lambda: collect(cache, chosen, start=start, rid="bench", weight_version=WEIGHT_VERSION, verified=True)
+            lambda: collect(cache, chosen, start=start, rid="bench", weight_versions=versions, verified=True)
         )
 
     values = alternate(

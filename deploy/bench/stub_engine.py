@@ -63,6 +63,7 @@ def _finished(message: Generate, block: RowBlock) -> Finished:
         logprobs=[0.0] * num_tokens,
         finish_reason=FinishReason(type="length", length=num_tokens),
         rows=block.header,
+        weight_versions=block.header.weight_versions,
     )
 
 

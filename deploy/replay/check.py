@@ -5,25 +5,15 @@ It shares no code with the server on purpose: a mistake in the server's own chec
 these that fits: all zero (was never written), out of range, duplicated (one expert twice). A row that should be there
 and is not is missing. P+G tokens have P+G-1 rows a layer, of which the first s are not asked for.
 
-Shape letters: R positions, L entries of the layer axis, M MoE layers, K top-k. Neighbours: `deploy.replay.judge`
-calls it; `deploy.replay.reference` knows which rows would be right.
+Shape letters: R positions, L entries of the layer axis, M MoE layers, K top-k. Neighbours: `deploy.answers`
+makes arrays of replies; `deploy.replay.judge` calls this; `deploy.replay.reference` knows which rows would be right.
 """
-
-import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from deploy.replay.client import MetaInfo
-
-Ids = npt.NDArray[Any]
-DTYPES = ("uint8", "uint16", "int32")
-
-
-class MalformedRowsError(ValueError):
-    """The reply's rows and what it says about them do not fit together."""
+from deploy.answers import Ids
 
 
 class RowCounts(Struct, frozen=True, kw_only=True):
@@ -43,29 +33,6 @@ class RowCounts(Struct, frozen=True, kw_only=True):
 
     def __add__(self, other: "RowCounts") -> "RowCounts":
         return RowCounts(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
-
-
-def read_rows(meta: MetaInfo) -> Ids | None:
-    """The reply's ids as `[R, L, K]`, None if there are none; raises MalformedRowsError."""
-    if meta.routed_experts is None:
-        return None
-    shape, dtype = meta.routed_experts_shape, meta.routed_experts_dtype
-    if shape is None or dtype not in DTYPES:
-        raise MalformedRowsError(f"rows of shape {shape} and dtype {dtype}")
-    expected_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    if min(shape) < 0 or len(meta.routed_experts) != expected_bytes:
-        raise MalformedRowsError(f"{len(meta.routed_experts)} bytes of rows, {expected_bytes} for shape {list(shape)}")
-    return np.frombuffer(meta.routed_experts, np.dtype(dtype).newbyteorder("<")).reshape(shape)
-
-
-def moe_layers_of(meta: MetaInfo, num_layers: int) -> npt.NDArray[np.bool_]:
-    """Which entries of the layer axis are MoE layers, `[L]`; raises MalformedRowsError if the reply leaves it open."""
-    layer_ids, moe_layer_ids = meta.routed_experts_layer_ids, meta.routed_experts_moe_layer_ids
-    if layer_ids is None or moe_layer_ids is None or len(layer_ids) != num_layers:
-        raise MalformedRowsError(f"layer ids {layer_ids} for {num_layers} layers")
-    if len(set(layer_ids)) != len(layer_ids) or not set(moe_layer_ids) <= set(layer_ids):
-        raise MalformedRowsError(f"layer ids {layer_ids} do not hold the MoE layers {moe_layer_ids} once each")
-    return np.isin(layer_ids, moe_layer_ids)
 
 
 def check_rows(ids: Ids, is_moe: npt.NDArray[np.bool_], *, num_expected: int, num_experts: int | None) -> RowCounts:
@@ -91,8 +58,3 @@ def check_rows(ids: Ids, is_moe: npt.NDArray[np.bool_], *, num_expected: int, nu
         missing=max(0, num_expected - num_rows) * num_layers,
         surplus=max(0, num_rows - num_expected) * num_layers,
     )
-
-
-def num_expected_rows(prompt_tokens: int, output_tokens: int, start_len: int) -> int:
-    """P+G-1-s, floor 0: the last sampled token never enters a forward pass."""
-    return max(0, prompt_tokens + output_tokens - 1 - start_len)

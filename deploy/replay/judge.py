@@ -12,16 +12,9 @@ from typing import Any
 import numpy as np
 from msgspec import Struct
 
-from deploy.replay.check import (
-    Ids,
-    MalformedRowsError,
-    RowCounts,
-    check_rows,
-    moe_layers_of,
-    num_expected_rows,
-    read_rows,
-)
-from deploy.replay.client import Outcome, Reply
+from deploy.answers import Ids, MalformedRowsError, WireReply, moe_layers_of, num_expected_rows, read_rows
+from deploy.replay.check import RowCounts, check_rows
+from deploy.replay.client import Outcome
 from deploy.replay.reference import TIE_LOGITS, Comparison, Reference, Trace, compare
 
 
@@ -113,7 +106,7 @@ class Judge:
             return outcome.sample.input_ids
         return list(self._tokenizer(outcome.sample.text).input_ids)
 
-    def _check(self, reply: Reply, num_expected: int, trace: Trace | None) -> tuple[Ids | None, RowCounts]:
+    def _check(self, reply: WireReply, num_expected: int, trace: Trace | None) -> tuple[Ids | None, RowCounts]:
         """The MoE layers' ids and their counts; where the reply has no rows at all, every expected one is missing."""
         ids_RLK = read_rows(reply.meta_info)
         if ids_RLK is None:
@@ -136,7 +129,7 @@ class _Compared(Struct, frozen=True, kw_only=True):
     is_tie: bool = False
 
 
-def _inconsistency(outcome: Outcome, reply: Reply) -> str | None:
+def _inconsistency(outcome: Outcome, reply: WireReply) -> str | None:
     num_output, told = len(reply.output_ids), reply.meta_info.completion_tokens
     if num_output != told:
         return f"{num_output} output_ids, but meta_info.completion_tokens is {told}"
@@ -147,7 +140,9 @@ def _inconsistency(outcome: Outcome, reply: Reply) -> str | None:
     return None
 
 
-def _against_reference(trace: Trace, prompt_tokens: int, reply: Reply, ids: Ids | None, *, greedy: bool) -> _Compared:
+def _against_reference(
+    trace: Trace, prompt_tokens: int, reply: WireReply, ids: Ids | None, *, greedy: bool
+) -> _Compared:
     """Compare `[R, M, K]` ids and greedy tokens; raises ValueError if the rows' shape is not the model's."""
     rows = Comparison(0, 0, 0, None, False) if ids is None else compare(trace, ids)
     output = np.array(reply.output_ids, dtype=np.int64) if greedy else np.array([], dtype=np.int64)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from msgspec import Struct
 
 from common.errors import UsageError
-from deploy.replay.check import Ids
+from deploy.answers import Ids
 from deploy.replay.reference import TIE_LOGITS, Reference, Trace
 
 MAX_PROMPT_TOKENS = 120

@@ -15,10 +15,10 @@ from typing import Literal
 import numpy as np
 from msgspec import Struct
 
-from deploy.replay.check import MalformedRowsError, moe_layers_of, num_expected_rows, read_rows
-from deploy.replay.client import Reply
+from common.messages import ErrorReport
+from deploy.answers import MalformedRowsError, WireReply, moe_layers_of, num_expected_rows, read_rows
 from deploy.soak.cases import Case
-from deploy.soak.client import ErrorFields, Job, Received
+from deploy.soak.client import Job, Received
 
 End = Literal["answered", "aborted", "left", "failed", "unnamed", "hung"]
 
@@ -63,7 +63,7 @@ def judge(job: Job, received: Received, *, is_aborted: bool, at_s: float) -> Ver
     return Verdict(rid=job.rid, end=end, at_s=at_s, is_ours=is_aborted, compared=compared, cause=cause, detail=detail)
 
 
-def compare(case: Case, reply: Reply, start: int) -> Compared:
+def compare(case: Case, reply: WireReply, start: int) -> Compared:
     """Compare one answer; one that was aborted may be a beginning of the right one, with its rows or, if empty, without."""
     is_cut = reply.meta_info.finish_reason.type == "abort"
     tokens = _compare_tokens(case.output_ids, reply.output_ids, is_whole=not is_cut)
@@ -80,7 +80,7 @@ def _compare_tokens(right: list[int], got: list[int], *, is_whole: bool) -> Comp
     return Compared(tokens=len(got), wrong_tokens=num_wrong)
 
 
-def _compare_rows(case: Case, reply: Reply, start: int) -> Compared:
+def _compare_rows(case: Case, reply: WireReply, start: int) -> Compared:
     num_expected = num_expected_rows(len(case.prompt), len(reply.output_ids), start)
     right_RMK = case.rows[start : start + num_expected]
     num_layers = case.rows.shape[1]
@@ -118,6 +118,6 @@ def _end_of(received: Received, num_expected: int, is_aborted: bool) -> tuple[En
     return "answered", "", ""
 
 
-def is_named(error: ErrorFields) -> bool:
+def is_named(error: ErrorReport) -> bool:
     """Whether an error says which leg failed, and in which stage."""
     return bool(error.leg and error.stage)

@@ -7,8 +7,8 @@ import asyncio
 import random
 from collections.abc import Sequence
 
-import aiohttp
-
+from deploy.client import TandemClient
+from deploy.connection import NO_RETRIES
 from deploy.soak.cases import Case
 from deploy.soak.client import Job, abort, send
 from deploy.soak.judge import Verdict, judge
@@ -35,30 +35,29 @@ class Load:
     async def run(self) -> None:
         """Keep the requests coming; returns once `stop` was called and the last request has ended."""
         self._began = asyncio.get_running_loop().time()
-        timeout = aiohttp.ClientTimeout(total=self._deadline_s)
         async with (
-            aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session,
+            TandemClient(self._url, deadline_s=self._deadline_s, retries=NO_RETRIES) as client,
             asyncio.TaskGroup() as group,
         ):
             for _ in range(self._concurrency):
-                group.create_task(self._one_after_another(session))
+                group.create_task(self._one_after_another(client))
 
     def stop(self) -> None:
         """Begin no more requests."""
         self._is_over = True
 
-    async def _one_after_another(self, session: aiohttp.ClientSession) -> None:
+    async def _one_after_another(self, client: TandemClient) -> None:
         while not self._is_over:
-            verdict = await self._request(session)
+            verdict = await self._request(client)
             self.verdicts.append(verdict)
             if verdict.end in ("failed", "unnamed"):
                 await asyncio.sleep(self._rng.random() * LONGEST_PAUSE_S)
 
-    async def _request(self, session: aiohttp.ClientSession) -> Verdict:
+    async def _request(self, client: TandemClient) -> Verdict:
         job = self._draw()
         fate = self._rng.choices(("let be", "abort", "leave"), (8, 1, 1))[0]
         patience_s = self._rng.random() * LONGEST_PATIENCE_S
-        sending = asyncio.create_task(send(session, self._url, job))
+        sending = asyncio.create_task(send(client, job))
         if fate != "let be":
             await asyncio.wait([sending], timeout=patience_s)
         is_aborted = fate == "abort" and not sending.done()
@@ -66,7 +65,7 @@ class Load:
             sending.cancel()
             await asyncio.wait([sending])
             return Verdict(rid=job.rid, end="left", at_s=self._passed_s(), is_ours=True)
-        if is_aborted and not await abort(session, self._url, job):
+        if is_aborted and not await abort(client, job):
             sending.cancel()
             detail = "/abort_request was not answered"
             return Verdict(rid=job.rid, end="hung", at_s=self._passed_s(), is_ours=True, detail=detail)

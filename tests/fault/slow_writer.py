@@ -59,7 +59,7 @@ class ObligingLink(ControlListener[DecodeToPrefill, PrefillToDecode]):
 
     def __init__(self, port: int) -> None:
         super().__init__("127.0.0.1", port, DecodeToPrefill)
-        self.mailbox: SenderMailbox = Mailbox(self.wake, lambda: None)
+        self.mailbox: SenderMailbox = Mailbox(lambda: None)
 
     def receive(self) -> list[tuple[str, DecodeToPrefill]]:
         """Receive, and open the rooms that are asked for."""
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> None:
     peer_id = f"writer-{os.getpid()}"
     _, memory = make_pool(INK)
     agent = PausingAgent(peer_id, memory)
-    sender = Sender(agent, link, link.mailbox, OPTIONS, peer_id=peer_id, weight_version="w")
+    sender = Sender(agent, link, link.mailbox, OPTIONS, peer_id=peer_id)
     print("up", flush=True)
     while True:
         sender.turn(time.monotonic())
@@ -87,7 +87,7 @@ def main(argv: list[str]) -> None:
             if room.opened is not None and num_ready < PROMPT_PAGES and room.num_posted_pages == num_ready:
                 link.mailbox.submit(PagesReady(room_id, [num_ready]))
             elif num_ready == PROMPT_PAGES and room.finished is None:
-                link.mailbox.submit(FinishRoom(room_id, FirstToken(token_id=1, logprob=0.0), 0.0))
+                link.mailbox.submit(FinishRoom(room_id, FirstToken(token_id=1, logprob=0.0), 0.0, ("w",)))
         sender.wait()
 
 

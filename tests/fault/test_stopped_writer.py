@@ -48,10 +48,9 @@ class Stage:
         self.receiver = Receiver(
             NixlAgent(name, memory),
             link,
-            Mailbox(link.wake, lambda: None),
+            Mailbox(lambda: None),
             OPTIONS,
             peer_id=name,
-            weight_version="w",
         )
         assert read_line(self.writer) == "up"
 

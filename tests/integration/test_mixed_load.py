@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
 from deploy.stack import make_stack
 from tests.support.http_client import Client, Reply, rows_in
 from tests.support.judge import Judge, Tally
@@ -162,8 +160,7 @@ async def test_five_hundred_requests(
         "--decode.kv-pool-tokens=512",
         "--context-tokens=512",
     ]
-    async with make_stack(flags, log_file=tmp_path / "log") as stack, Client(stack.url) as client:
-        client.session._timeout = aiohttp.ClientTimeout(total=120)
+    async with make_stack(flags, log_file=tmp_path / "log") as stack, Client(stack.url, timeout_s=120) as client:
         load = Load(client, judge_of(SHAPE), seed=1)
         await load.run()
         stats = await client.quiet_stats(deadline_s=60)

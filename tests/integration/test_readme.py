@@ -21,7 +21,7 @@ PYTHON = fenced_blocks(README, "python")
 CURL = [block for block in fenced_blocks(README, "bash") if block.startswith("curl ")]
 
 # What each Python example alone has in it.
-JSON, MSGPACK, OPENAI = "json.load(", "application/msgpack", "OpenAI("
+JSON, MSGPACK, OPENAI, CLIENT = "json.load(", "application/msgpack", "OpenAI(", "TandemClient("
 
 README_URL = "http://127.0.0.1:8000"
 SHAPE = "mixed"
@@ -59,7 +59,7 @@ def run_curl(stack: Stack, block: str) -> dict[str, Any]:
 
 def test_the_examples_are_found():
     assert len(CURL) == 1
-    assert {block_with(PYTHON, mark) for mark in (JSON, MSGPACK, OPENAI)} == set(PYTHON)
+    assert {block_with(PYTHON, mark) for mark in (JSON, MSGPACK, OPENAI, CLIENT)} == set(PYTHON)
     assert block_with(PYTHON, MSGPACK).count("\n") <= 10
 
 
@@ -89,11 +89,19 @@ def test_every_example_gives_the_rows_of_the_reference(
     tally.assert_clean()
 
 
+def test_the_client_s_example_gives_the_rows_of_the_reference(stack: Stack, judge_of: Callable[[str], Judge]):
+    reply, tally = run_python(stack, block_with(PYTHON, CLIENT))["reply"], Tally()
+    assert len(reply.output_ids) > 0
+    judge_of(SHAPE).add(tally, list(range(40, 60)), reply.output_ids, reply.rows, greedy=False)
+    tally.assert_clean()
+
+
 @pytest.mark.parametrize(
     ("mark", "right", "wrong"),
     [
         (JSON, 'meta["completion_tokens"] - 1', 'meta["completion_tokens"]'),
         (OPENAI, "total_tokens - 1", "total_tokens"),
+        (CLIENT, "len(reply.output_ids) - 1", "len(reply.output_ids)"),
     ],
 )
 def test_an_example_that_is_wrong_fails(stack: Stack, mark: str, right: str, wrong: str):

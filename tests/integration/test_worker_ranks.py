@@ -82,7 +82,7 @@ async def test_ranks_start_in_order_and_end_with_their_worker(checkpoint_of: Cal
         words = [words_of(pid) for pid in worker.pids]
         assert [word[4] for word in words] == ["0", "1", "2", "3"]
         assert len({word[3] for word in words}) == 1
-        assert (await worker.client.get("/health"))[1] == {"status": "ok", "dp_size": 2}
+        assert (await worker.client.get("/health"))[1]["dp_size"] == 2
         worker.process.terminate()
         assert await worker.exit_code() == 0
 

@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     memory = memory_of(pool, rank, int(num_kv_heads))
     heard = threading.Event()
     endpoint = make_endpoint(role, memory, rank, folder, int(port), heard.set)
-    thread = TransferThread(endpoint, heard.set)
+    thread = TransferThread(lambda: endpoint, heard.set)
     thread.start()
     if isinstance(endpoint, Receiver):
         tell(endpoint, thread, heard)
@@ -118,15 +118,15 @@ def make_endpoint(
     link: Any
     if role == "prefill":
         link = ControlListener("127.0.0.1", port, DecodeToPrefill)
-        sender_mailbox: SenderMailbox = Mailbox(link.wake, lambda: None)
+        sender_mailbox: SenderMailbox = Mailbox(lambda: None)
         for prompt in SCRIPT:
             sender_mailbox.submit(OpenRoom(prompt.room, PAGE_SIZE * len(prompt.prefill_pages), b"digest"))
             for chunk in prompt.chunks:
                 sender_mailbox.submit(PagesReady(prompt.room, chunk))
-            sender_mailbox.submit(FinishRoom(prompt.room, FirstToken(token_id=1, logprob=0.0), 0.0))
-        return Sender(agent, link, sender_mailbox, TransferOptions(), peer_id=name, weight_version="w")
+            sender_mailbox.submit(FinishRoom(prompt.room, FirstToken(token_id=1, logprob=0.0), 0.0, ("w",)))
+        return Sender(agent, link, sender_mailbox, TransferOptions(), peer_id=name)
     link = ControlDialer(name, PrefillToDecode)
-    mailbox: ReceiverMailbox = Mailbox(link.wake, wake)
+    mailbox: ReceiverMailbox = Mailbox(wake)
     for prompt in SCRIPT:
         command = ReceiveKv(
             room=prompt.room,
@@ -138,7 +138,7 @@ def make_endpoint(
             prompt_digest=b"digest",
         )
         mailbox.submit(command)
-    return Receiver(agent, link, mailbox, TransferOptions(), peer_id=name, weight_version="w")
+    return Receiver(agent, link, mailbox, TransferOptions(), peer_id=name)
 
 
 if __name__ == "__main__":

@@ -121,17 +121,16 @@ class InProcessPair:
         sender = Sender(
             agent,
             link,
-            Mailbox(nothing, nothing),
+            Mailbox(nothing),
             transfer,
             peer_id="prefill-0",
-            weight_version="default",
         )
         recorder = Recorder()
         prefill_role = PrefillWorker(
             engine,
             PrefillOptions(chunked_prefill_tokens=chunk_tokens, prefix_cache=prefix_cache),
             sender.mailbox,
-            sender,
+            sender.counts,
             recorder,
             verify_rows=verify_rows,
         )
@@ -144,13 +143,12 @@ class InProcessPair:
         receiver = Receiver(
             decode_agent,
             decode_link,
-            Mailbox(nothing, nothing),
+            Mailbox(nothing),
             transfer,
             peer_id=DECODE,
-            weight_version="default",
         )
         recorder = Recorder()
-        decode_role = DecodeWorker(engine, receiver.mailbox, receiver, recorder, verify_rows=verify_rows)
+        decode_role = DecodeWorker(engine, receiver.mailbox, receiver.counts, recorder, verify_rows=verify_rows)
         self.decode = Side(engine, decode_role, Loop(engine, decode_role, overlap=overlap), receiver, recorder)
         self.sides: tuple[Side, ...] = (self.prefill, self.decode)
         """Those that turn; a test takes one out to stop it."""

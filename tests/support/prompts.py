@@ -1,6 +1,16 @@
-"""Random prompts for tests."""
+"""Prompts for tests."""
 
 import random
+from typing import Any
+
+from common.messages import RequestOptions
+from common.protocol.generate import Sample
+
+
+def sample(**fields: Any) -> Sample:
+    """What the router picks workers for: a prompt of one token unless these fields say otherwise."""
+    whole: dict[str, Any] = {"rid": "mine", "options": RequestOptions()} | fields
+    return Sample(**whole if {"text", "messages"} & fields.keys() else {"input_ids": (1,)} | whole)
 
 
 def random_prompts(seed: int, count: int, *, longest: int = 300, vocab_size: int = 500) -> list[list[int]]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from common.config import EngineOptions, ModelOptions
+from common.engine.background import NoBackground
 from common.engine.build import EngineParts, Follower, build_follower
 from common.engine.mates import Mates, find_mates
 from common.messages import RequestOptions
+from common.orders import Done, Order
 from common.ranks import Rank, Ranks
 from tests.support.aggregated import InProcessAggregated, WholeAnswer
 
@@ -54,11 +56,20 @@ class AggregatedRanks:
         """By group."""
         self.followers: dict[int, Follower] = {}
         """By rank."""
+        self.done: dict[int, list[tuple[Done, bool]]] = {}
+        """By group: how each order went, and whether the loop was held then."""
 
     def run(
-        self, requests: Sequence[Sequence[tuple[list[int], RequestOptions]]], *, concurrency: int = 16
+        self,
+        requests: Sequence[Sequence[tuple[list[int], RequestOptions]]],
+        *,
+        concurrency: int = 16,
+        orders: Sequence[Order] = (),
     ) -> list[list[WholeAnswer]]:
-        """Run each group's requests, all groups at once; the first samples' answers, group by group, in order."""
+        """Run each group's requests, all groups at once; the first samples' answers, group by group, in order.
+
+        Every group carries out `orders` before.
+        """
         answers: list[list[WholeAnswer]] = [[] for _ in requests]
         groups_left = threading.Semaphore(0)
         all_done = threading.Event()
@@ -77,6 +88,7 @@ class AggregatedRanks:
                 return
             leader = InProcessAggregated(self._checkpoint, mates=mates, parts=self._parts(), **self._options)
             self.leaders[rank.group] = leader
+            self._carry_out(orders, leader, self.done.setdefault(rank.group, []))
             answers[rank.group] = leader.run(requests[rank.group], concurrency=concurrency)
             groups_left.release()
             while not all_done.is_set():
@@ -95,6 +107,12 @@ class AggregatedRanks:
         in_threads(self.ranks.tp, run_rank)
         return answers
 
+    @staticmethod
+    def _carry_out(orders: Sequence[Order], leader: InProcessAggregated, answers: list[tuple[Done, bool]]) -> None:
+        for order in orders:
+            leader.loop.order(order, lambda done: answers.append((done, leader.loop.is_held)))
+            leader.turn()
+
     def _follow(self, mates: Mates) -> None:
         options = self._options
         engine_options = EngineOptions(
@@ -110,4 +128,4 @@ class AggregatedRanks:
             model, engine_options, chunked_prefill_tokens=chunk_tokens, mates=mates, parts=self._parts()
         )
         self.followers[mates.rank.index] = follower
-        follower.run(lambda: None)
+        follower.run(NoBackground())

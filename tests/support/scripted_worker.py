@@ -31,6 +31,7 @@ from common.server.app import WorkerApp
 from common.server.engine_client import EngineClient
 from common.server.engine_groups import EngineGroups
 from common.server.tokenizer import Tokenizer
+from common.versions import whole
 from common.wire import FrontendChannel
 from deploy.demo_model import train_tokenizer
 from tests.support.processes import until
@@ -166,6 +167,7 @@ class ScriptedEngine(FrontendChannel):
                 top_logprobs=tops(count) if to.options.top_logprobs_num else [],
                 finish_reason=reason or FinishReason(type="length", length=count),
                 rows=None if rows is None else rows.header,
+                weight_versions=whole(begin, prompt + count - 1, "w1"),
                 **fields,
             ),
             rows,

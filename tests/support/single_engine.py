@@ -17,6 +17,7 @@ from common.routed_experts.collect import collect
 from common.routed_experts.spec import rows_of
 from common.scheduling.request import Request
 from common.scheduling.step_plan import StepEntry, StepPlan
+from common.versions import whole
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class SingleEngine:
         while not self._has_ended(request):
             self._take(request, self._step(request, request.num_known_tokens - 1, request.num_known_tokens))
         slots = slots_of(request.pages, 0, request.num_known_tokens - 1, self.engine.capacity.page_size)
-        block = collect(self.engine.host_cache, slots, start=0, rid=request.rid, weight_version="default")
+        versions = whole(0, len(slots), self.engine.weight_version)
+        block = collect(self.engine.host_cache, slots, start=0, rid=request.rid, weight_versions=versions)
         self.engine.seats.give_back_row(request)
         self.engine.seats.give_back_pages(request)
         rows = rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)

@@ -61,10 +61,9 @@ class Bench:
         self.receiver = Receiver(
             self.decode_agent,
             links[DECODE],
-            Mailbox(nothing, nothing),
+            Mailbox(nothing),
             OPTIONS,
             peer_id=DECODE,
-            weight_version="w",
         )
 
     def start_sender(self, peer_id: str) -> Sender:
@@ -72,10 +71,9 @@ class Bench:
         self.sender = Sender(
             LoopbackAgent(peer_id, torch.arange(32, dtype=torch.uint8).reshape(8, 4), MEMORY, self.network),
             self.links[0],
-            Mailbox(nothing, nothing),
+            Mailbox(nothing),
             OPTIONS,
             peer_id=peer_id,
-            weight_version="w",
             clock=lambda: self.clock,
         )
         return self.sender
@@ -99,7 +97,7 @@ class Bench:
         self.sender.mailbox.submit(PagesReady(self.ROOM, list(pages)))
 
     def finish(self) -> None:
-        self.sender.mailbox.submit(FinishRoom(self.ROOM, FirstToken(token_id=1, logprob=-1.0), self.clock))
+        self.sender.mailbox.submit(FinishRoom(self.ROOM, FirstToken(token_id=1, logprob=-1.0), self.clock, ("w",)))
 
     def at(self, clock: float) -> None:
         """Move the clock there, and turn until nothing is under way."""

@@ -25,6 +25,7 @@ from common.routed_experts.codec import base64_length, base64_slices, num_full_s
 from common.routed_experts.spec import RowSpec
 from common.routed_experts.verify import verify
 from common.server.bodies import BodyWriter
+from common.versions import whole
 from router.ahead import Arrived, LeadEncoder, arrive
 from router.merge import merge
 from tests.support import stub_workers as stubs
@@ -133,7 +134,7 @@ async def test_bytes_are_written_from_where_they_lie():
 @pytest.mark.parametrize("leg", ["prefill", "decode", None])
 @pytest.mark.parametrize("num_rows", [2, 100_000])
 async def test_bad_rows_name_their_leg(leg, num_rows):
-    header = SPEC.header(start=0, stop=num_rows, weight_version="w1")
+    header = SPEC.header(start=0, stop=num_rows, weight_versions=whole(0, num_rows, "w1"))
     reply = leg_reply(RowBlock(header, bytes(header.num_bytes)))
     with pytest.raises(BadRows) as failure:
         await arrive(leg, reply, wants_rows=True, verify_rows=True)
@@ -143,7 +144,7 @@ async def test_bad_rows_name_their_leg(leg, num_rows):
 
 
 async def test_rows_are_counted_even_if_they_are_not_verified():
-    header = SPEC.header(start=0, stop=2, weight_version="w1")
+    header = SPEC.header(start=0, stop=2, weight_versions=whole(0, 2, "w1"))
     with pytest.raises(RowsMismatch):
         await arrive("decode", leg_reply(RowBlock(header, b"\0")), wants_rows=True, verify_rows=False)
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from common.errors import UsageError
-from common.messages import Finished, FinishReason, Generate, RequestOptions, RowBlock
+from common.messages import Finished, FinishReason, Generate, RequestOptions, RowBlock, VersionSpan
 from common.models.config import Fp8Config, load_model_config
 from common.protocol.replies import MSGPACK, SSE_DONE, encode_json, encode_msgpack, sample_reply, sse_event
 from common.routed_experts.codec import block_of, row_fields
@@ -200,7 +200,8 @@ SPOILT: list[tuple[Spoil, str, int]] = [
 
 
 def block(rows: np.ndarray, start: int = 0) -> RowBlock:
-    return block_of(SPEC.header(start=start, stop=start + len(rows), weight_version="v"), rows)
+    versions = (VersionSpan(start, start + len(rows), "v"),)
+    return block_of(SPEC.header(start=start, stop=start + len(rows), weight_versions=versions), rows)
 
 
 def count(rows: list[np.ndarray | None]) -> RowCounts:

@@ -48,9 +48,7 @@ class Case:
         self.rng = np.random.default_rng(seed)
         self.allocator = PageAllocator(40)
         self.cache = cache(SPEC, self.allocator.generations, PAGE_SIZE)
-        engine: Any = SimpleNamespace(
-            host_cache=self.cache, weight_version="v", capacity=SimpleNamespace(page_size=PAGE_SIZE)
-        )
+        engine: Any = SimpleNamespace(host_cache=self.cache, capacity=SimpleNamespace(page_size=PAGE_SIZE))
         self.collector = RowCollector(engine, verified=True, wake=lambda: None)
         self.executor = LaterExecutor()
         self.collector._executor = self.executor  # type: ignore[assignment]
@@ -63,6 +61,8 @@ class Case:
         pages = self.allocator.allocate(-(-num_tokens // PAGE_SIZE))
         assert pages is not None
         request.pages = pages
+        for position in range(num_tokens):
+            request.settle(position, position + 1, version_of(position))
         return request, self.commit(request, num_tokens)
 
     def commit(self, request: Request, num_tokens: int, rows: np.ndarray | None = None) -> np.ndarray:
@@ -79,10 +79,17 @@ class Case:
         return self.answers.pop()
 
 
+def version_of(position: int) -> str:
+    """Weights change every seven positions, somewhere in a page."""
+    return f"v{position // 7}"
+
+
 def check(block: Rows, rows: np.ndarray, start: int) -> None:
     assert isinstance(block, RowBlock)
     assert (block.header.start, block.header.stop) == (start, start + len(rows))
     assert bytes(block.data) == rows.tobytes()
+    versions = [span.weight_version for span in block.header.weight_versions for _ in range(span.start, span.stop)]
+    assert versions == [version_of(position) for position in range(start, start + len(rows))]
 
 
 @settings(max_examples=60, deadline=None)

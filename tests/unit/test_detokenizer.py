@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import RequestError
 from common.messages import SamplingParams
-from common.server.detokenizer import REPLACEMENT, Detokenizer, OutputText, StopStrings
+from common.server.detokenizer import REPLACEMENT, Detokenizer, OutputText, Stop, StopStrings
 from common.server.tokenizer import Tokenizer
 from deploy.demo_model import train_tokenizer
 
@@ -198,6 +199,45 @@ def test_the_earliest_token_stops_and_nothing_shown_is_taken_back(
             return
     assert stopped is None
     assert final == TOKENIZER.decode(tokens, skip_special_tokens=True)
+
+
+@given(
+    split_texts(),
+    st.lists(st.text("ab .€é河", min_size=1, max_size=3), max_size=3),
+    st.booleans(),
+    st.floats(0, 1),
+)
+@settings(max_examples=300, deadline=None)
+def test_a_text_that_is_resumed_goes_on_as_if_it_had_never_stopped(
+    case: tuple[str, list[int]], stops: list[str], no_stop_trim: bool, where: float
+):
+    """Wherever the seam is: in a character, in a stop string, or in neither."""
+    _, tokens = case
+    params = SamplingParams(stop=tuple(stops), no_stop_trim=no_stop_trim)
+    one, seam = OutputText(TOKENIZER, params), int(where * len(tokens))
+    if any(one.push(token_id) is not None for token_id in tokens[:seam]):
+        with pytest.raises(RequestError, match="stop string"):
+            OutputText(TOKENIZER, params, tokens[:seam])
+        return
+    other = OutputText(TOKENIZER, params, tokens[:seam])
+    assert other.visible() == one.visible()
+    for token_id in tokens[seam:]:
+        ours, theirs = one.push(token_id), other.push(token_id)
+        assert other.visible() == one.visible()
+        if ours is not None:
+            assert theirs == Stop(ours.num_tokens - seam, ours.matched)
+            break
+    if seam < len(tokens):
+        ours, theirs = one.finish(), other.finish()
+        assert (ours is None) == (theirs is None)
+        assert other.final(at_stop_token=False) == one.final(at_stop_token=False)
+
+
+def test_resumed_tokens_alone_never_stop_a_sample():
+    """What is held back of them has been answered before, or will be part of another character."""
+    half = [BYTES[byte] for byte in "€".encode()[:1]]
+    output = OutputText(TOKENIZER, SamplingParams(stop=(REPLACEMENT,)), half)
+    assert output.finish() is None
 
 
 def test_a_stop_token_is_never_shown():

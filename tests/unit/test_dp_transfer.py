@@ -41,10 +41,9 @@ class Groups(Bench):
             sender = Sender(
                 LoopbackAgent(f"prefill-{group}", pages, MEMORY, self.network),
                 links[address],
-                Mailbox(nothing, nothing),
+                Mailbox(nothing),
                 OPTIONS,
                 peer_id=f"prefill-{group}",
-                weight_version="w",
                 dp=DP,
             )
             self.senders.append(sender)
@@ -63,7 +62,7 @@ class Groups(Bench):
         mailbox = self.senders[group].mailbox
         mailbox.submit(OpenRoom(room, 2, b"digest"))
         mailbox.submit(PagesReady(room, [0]))
-        mailbox.submit(FinishRoom(room, FirstToken(token_id=1, logprob=0.0), 0.0))
+        mailbox.submit(FinishRoom(room, FirstToken(token_id=1, logprob=0.0), 0.0, ("w",)))
 
     def fetch(self, room: int, first_room: int, page: int, source: str = PREFILL) -> None:
         command = ReceiveKv(

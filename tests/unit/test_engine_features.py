@@ -62,7 +62,7 @@ def test_n_samples_equal_n_requests_with_their_seeds(checkpoint: Path, judge: Ju
     assert many.prefill.engine.num_tokens_computed == length
     page_bytes = many.decode.engine.kv_pool.layout.page_bytes
     shared, partial = divmod(length, page_size)
-    assert many.decode.endpoint.num_bytes == (shared + 4 * (partial > 0)) * page_bytes
+    assert many.decode.endpoint.counts.num_bytes == (shared + 4 * (partial > 0)) * page_bytes
     many.check_pages()
     single = InProcessPair(checkpoint, page_size=page_size)
     alone = single.run([(prompt, options_of(9, temperature=1.0, seed=11 + i)) for i in range(4)])

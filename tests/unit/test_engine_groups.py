@@ -327,13 +327,15 @@ async def test_a_crowded_group_is_passed_over_and_only_if_all_are_is_the_worker(
 
 async def test_a_worker_s_health_and_account_tell_of_its_groups():
     async with scripted_worker("prefill", options=EngineOptions(tp=4, dp=2, ep=True)) as worker:
-        assert await worker.get("/health") == (200, {"status": "ok", "dp_size": 2})
+        health = {"status": "ok", "dp_size": 2, "paused": False, "weight_version": "w1"}
+        assert await worker.get("/health") == (200, health)
         asking = asyncio.create_task(worker.get("/server_info"))
         for engine in worker.engines:
             question = await engine.next()
             assert isinstance(question, GetStats)
             engine.answer(replace(STATS, serial=question.serial))
         _, info = await asking
-    assert (info["tp_size"], info["dp_size"], info["ep"]) == (4, 2, True)
+    assert (info["tp_size"], info["dp_size"], info["ep"], info["ep_size"], info["pp_size"]) == (4, 2, True, 4, 1)
+    assert (info["num_gpus"], info["load_balance_method"]) == (0, "follow_bootstrap_room")
     assert info["max_total_num_tokens"] == READY.kv_pool_tokens
     assert info["stats"]["pages"]["total"] == 2 * STATS.pages.total

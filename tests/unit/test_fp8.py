@@ -22,8 +22,8 @@ from common.kernels.torch_kernels import TorchKernels
 from common.models.config import load_model_config
 from common.models.qwen3_moe import Qwen3Moe
 from common.models.registry import build_model
+from common.models.weight_files import load_weights
 from common.models.weight_table import Target, WeightTable, columns_of, rows_of
-from common.models.weights import load_weights
 from common.ranks import Rank, Ranks, Span
 from deploy.demo_model import write_demo_model
 from tests.support.checkpoints import SHAPES, WHOLE_BLOCKS, edit_config, edit_tensors, write_fp8

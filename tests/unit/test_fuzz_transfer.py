@@ -99,7 +99,6 @@ HELLOS = st.builds(
     peer=PEERS,
     protocol=st.just(PROTOCOL) | NUMBERS,
     pool=POOLS,
-    weight_version=st.just("w") | st.text(max_size=2),
 )
 TO_SENDER = (
     HELLOS
@@ -276,7 +275,7 @@ BY_STRANGERS = st.tuples(st.just(STRANGER), TO_BOTH).map(lambda said: (said[0], 
 BY_THE_PAIR = st.tuples(st.just(DECODE), st.just(PREFILL), TO_SENDER) | st.tuples(
     st.just(PREFILL), st.just(DECODE), TO_RECEIVER
 )
-HELLO = Hello(peer=STRANGER, protocol=PROTOCOL, pool=pool_of(STRANGER), weight_version="w")
+HELLO = Hello(peer=STRANGER, protocol=PROTOCOL, pool=pool_of(STRANGER))
 OWN_HELLO = (DECODE, PREFILL, replace(HELLO, peer=DECODE, pool=pool_of(DECODE)))
 
 
@@ -304,7 +303,7 @@ def test_strangers(script: list[Any], delayed: bool):
     rig = run(script, delayed=delayed)
     if isinstance(rig.events[0], KvArrived):
         assert torch.equal(rig.decode_agent.pages[OFFERED], rig.prompt[[0, 1, 2]])
-        assert rig.events[0].first_token.token_id == 1
+        assert (rig.events[0].first_token.token_id, rig.events[0].prompt_versions) == (1, ("w",))
 
 
 @STABLE
@@ -348,7 +347,7 @@ def test_what_cannot_be_asked_for_is_refused_at_once(fields: dict[str, Any]):
     rig.chunk(0, 1, 2)
     rig.finish()
     rig.turn()
-    assert (rig.sender.num_rooms, rig.sender.num_writes) == (1, 0)
+    assert (rig.sender.num_rooms, rig.sender.counts.num_writes) == (1, 0)
     assert rig.sender.mailbox.events() == []
 
 
@@ -359,7 +358,13 @@ def test_the_end_of_another_generation_ends_nothing(generation: int):
         rig.do(step)
     token = FirstToken(token_id=9, logprob=0.0)
     done = KvDone(
-        room=rig.ROOM, generation=generation, num_writes=0, write_seconds=0.0, exposed_seconds=0.0, first_token=token
+        room=rig.ROOM,
+        generation=generation,
+        num_writes=0,
+        write_seconds=0.0,
+        exposed_seconds=0.0,
+        first_token=token,
+        prompt_versions=("another",),
     )
     rig.say(PREFILL, DECODE, done)
     rig.say(PREFILL, DECODE, KvClosed(room=rig.ROOM, generation=generation, error="closed"))
@@ -369,7 +374,7 @@ def test_the_end_of_another_generation_ends_nothing(generation: int):
     rig.look()
     rig.check_end()
     assert isinstance(rig.events[0], KvArrived)
-    assert rig.events[0].first_token.token_id == 1
+    assert (rig.events[0].first_token.token_id, rig.events[0].prompt_versions) == (1, ("w",))
 
 
 def test_a_peer_cannot_move_its_pool():

@@ -42,6 +42,7 @@ class FakeAgent:
     peers: list[str] = field(default_factory=list)
     notified: list[tuple[str, bytes]] = field(default_factory=list)
     looks: int = 0
+    is_closed: bool = False
     refuses: set[str] = field(default_factory=set)
     """Names of methods that raise."""
 
@@ -79,6 +80,9 @@ class FakeAgent:
         self.looks += 1
         return []
 
+    def close(self) -> None:
+        self.is_closed = True
+
 
 class FakeLink:
     """A rank's end; what is sent stays under way until the test, or the crew, lets it arrive."""
@@ -86,6 +90,7 @@ class FakeLink:
     def __init__(self, rank: int, links: dict[int, "FakeLink"]) -> None:
         self.inbox: deque[Any] = deque()
         self.waited = 0.0
+        self.is_closed = False
         self._links = links
         links[rank] = self
 
@@ -101,7 +106,7 @@ class FakeLink:
         self.waited = timeout_s
 
     def close(self) -> None:
-        pass
+        self.is_closed = True
 
 
 def parts_of(name: str, num_ranks: int) -> list[PoolPart]:
@@ -380,3 +385,20 @@ def test_no_history_ends_a_write_before_all_its_shares(size: int, steps: list[tu
     good = {(PEER, bytes([number])) for number, state in enumerate(states) if state is WriteState.DONE}
     assert set(crew.agents[0].notified) == good
     assert len(crew.agents[0].notified) == len(good)
+
+
+def test_all_ends_of_a_group_close_with_their_agents():
+    crew = Crew(2)
+    crew.agent.close()
+    assert [hand.close() for hand in crew.hands] == [True]
+    assert all(agent.is_closed for agent in crew.agents)
+    assert all(link.is_closed for link in crew.links)
+
+
+def test_a_hand_that_writes_keeps_its_memory():
+    crew = Crew(2)
+    crew.write()
+    assert [hand.close() for hand in crew.hands] == [False]
+    assert not crew.agents[1].is_closed
+    crew.end(1, WriteState.DONE)
+    assert [hand.close() for hand in crew.hands] == [True]

@@ -12,6 +12,7 @@ from common.memory.page_allocator import PageAllocator
 from common.routed_experts.collect import collect
 from common.routed_experts.host_cache import HostCache, WriteTicket
 from common.routed_experts.spec import RowSpec, rows_of
+from common.versions import whole
 from tests.support.rows import SPEC, make_rows
 
 WIDE = RowSpec(num_experts=300, top_k=3, layer_ids=(0, 1), num_hidden_layers=2)
@@ -232,7 +233,7 @@ def test_collect_gathers_in_the_order_of_positions(num_slots: int, data: st.Data
     pair, slots, rows = filled(num_slots)
     lo = data.draw(st.integers(0, num_slots))
     hi = data.draw(st.integers(lo, num_slots))
-    block = collect(pair.cache, slots[lo:hi], start=100 + lo, rid="r", weight_version="w7")
+    block = collect(pair.cache, slots[lo:hi], start=100 + lo, rid="r", weight_versions=whole(100 + lo, 100 + hi, "w7"))
     assert (block.header.start, block.header.stop) == (100 + lo, 100 + hi)
     assert [span.weight_version for span in block.header.weight_versions] == ["w7"] * (lo < hi)
     np.testing.assert_array_equal(rows_of(np.frombuffer(block.data, np.uint8), block.header), rows[lo:hi])
@@ -245,15 +246,15 @@ def test_unwritten_is_not_zero():
     assert owner is not None
     slots = pair.slots(owner)
     with pytest.raises(MissingRows, match=r"request r9: 8 of 8 .* at positions 50 to 57$"):
-        collect(pair.cache, slots, start=50, rid="r9", weight_version="w", verified=False)
+        collect(pair.cache, slots, start=50, rid="r9", weight_versions=whole(50, 58, "w"), verified=False)
     pair.commit(pair.launch(slots[[0, 1, 3, 6, 7]]))
     with pytest.raises(MissingRows, match=r"request r9: 3 of 8 .* at positions 52 to 55$"):
-        collect(pair.cache, slots, start=50, rid="r9", weight_version="w", verified=False)
+        collect(pair.cache, slots, start=50, rid="r9", weight_versions=whole(50, 58, "w"), verified=False)
     pair.launch(slots)  # launched is not written
     with pytest.raises(MissingRows):
-        collect(pair.cache, slots, start=50, rid="r9", weight_version="w")
+        collect(pair.cache, slots, start=50, rid="r9", weight_versions=whole(50, 58, "w"))
     pair.commit(pair.launch(slots[[2, 4, 5]]))
-    assert collect(pair.cache, slots, start=50, rid="r9", weight_version="w").header.shape == (8, 3, 4)
+    assert collect(pair.cache, slots, start=50, rid="r9", weight_versions=whole(50, 58, "w")).header.shape == (8, 3, 4)
 
 
 @pytest.mark.parametrize("row", [[0, 0, 0, 0], [1, 2, 3, 1], [0, 1, 2, 16]])
@@ -264,6 +265,6 @@ def test_rows_that_no_router_chose_are_refused(row: list[int]):
     bad[4, 2] = row
     pair.cache.commit(pair.cache.reserve(slots), bad)
     with pytest.raises(BadRows, match=r"1 of 18 .* at position 14, layer 4"):
-        collect(pair.cache, slots, start=10, rid="r", weight_version="w")
-    unchecked = collect(pair.cache, slots, start=10, rid="r", weight_version="w", verified=False)
+        collect(pair.cache, slots, start=10, rid="r", weight_versions=whole(10, 16, "w"))
+    unchecked = collect(pair.cache, slots, start=10, rid="r", weight_versions=whole(10, 16, "w"), verified=False)
     np.testing.assert_array_equal(rows_of(np.frombuffer(unchecked.data, np.uint8), unchecked.header), bad)

@@ -209,6 +209,8 @@ class Fake:
     def __init__(self, **raises: Exception) -> None:
         self.raises = raises
         self.num_failed_steps = 0
+        self.num_unsure_weights = 0
+        self.is_released = False
         self.rank = Rank()
         self.is_called = False
         self.calls: list[str] = []

@@ -86,7 +86,7 @@ class SlowPrefixes:
     page_size=st.sampled_from([1, 2, 4]),
     history=st.lists(
         st.tuples(
-            st.sampled_from(["run", "run", "finish", "abort", "evict"]),
+            st.sampled_from(["run", "run", "finish", "abort", "evict", "clear"]),
             st.lists(st.integers(0, 1), min_size=1, max_size=12),
         ),
         max_size=60,
@@ -114,6 +114,10 @@ def test_random_histories_leave_an_exact_recount(page_size: int, history: list[t
         elif action == "evict":
             cache.evict(len(values))
             slow.prefixes = {k: v for k, v in slow.prefixes.items() if v in set(cache.pages())}
+        elif action == "clear":
+            cache.clear()
+            slow.prefixes = {}
+            assert (cache.num_pages, cache.match(tokens(values))) == (0, [])
         elif running:
             done, pages = running.pop(0)
             if action == "finish":

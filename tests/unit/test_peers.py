@@ -22,7 +22,7 @@ from common.messages import (
 from common.process import own_mark
 from common.ranks import kv_heads_at
 from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, options_of
-from tests.support.transfer_bench import LAYOUT, MEMORY, OPTIONS, Bench, delay_writes
+from tests.support.transfer_bench import LAYOUT, MEMORY, OPTIONS, Bench, NotedLink, delay_writes
 from transfer.agent import describe
 from transfer.commands import CancelKv, CancelRoom, KvLost, PagesQuiet, ReserveKv, RoomClosed
 from transfer.handshake import PROTOCOL, refusal_of
@@ -39,7 +39,7 @@ def bench() -> Bench:
     bench.ask()
     bench.chunk(0)
     bench.turn()
-    assert bench.sender.num_writes == 1
+    assert bench.sender.counts.num_writes == 1
     return bench
 
 
@@ -150,7 +150,7 @@ def test_what_is_meant_for_a_former_process_does_nothing(bench: Bench):
     link.send(PREFILL, request)
     link.send(PREFILL, KvAbort(to="former", room=bench.ROOM, generation=1))
     bench.turn()
-    assert bench.sender.num_dropped == 2
+    assert bench.sender.counts.num_dropped == 2
     assert bench.sender.num_rooms == 1
     assert bench.receiver.mailbox.events() == []
 
@@ -356,15 +356,15 @@ def test_ranks_that_are_called_alike_or_are_too_many_are_refused(names: list[str
 def test_ranks_that_hold_other_heads_than_their_places_do_are_refused():
     pool = group_pool(2, num_kv_heads=2)
     own = group_pool(1, num_kv_heads=2)
-    assert refusal_of(hello_of(pool), own, "w") is None
+    assert refusal_of(hello_of(pool), own) is None
     swapped = replace(pool, parts=(replace(pool.parts[0], first_head=1), replace(pool.parts[1], first_head=0)))
     for parts in (swapped.parts, (pool.parts[0], replace(pool.parts[1], first_head=0)), pool.parts[:1]):
-        assert refusal_of(hello_of(replace(pool, parts=parts)), own, "w") is not None
-    assert refusal_of(hello_of(group_pool(3, num_kv_heads=3)), own, "w") is not None
+        assert refusal_of(hello_of(replace(pool, parts=parts)), own) is not None
+    assert refusal_of(hello_of(group_pool(3, num_kv_heads=3)), own) is not None
 
 
 def test_replicated_heads_are_taken():
-    assert refusal_of(hello_of(group_pool(4, num_kv_heads=2)), group_pool(1, num_kv_heads=2), "w") is None
+    assert refusal_of(hello_of(group_pool(4, num_kv_heads=2)), group_pool(1, num_kv_heads=2)) is None
 
 
 def test_an_agent_of_another_worker_is_not_taken_over():
@@ -402,7 +402,7 @@ def group_pool(num_ranks: int, *, num_kv_heads: int, name: str = "decode-0") -> 
 
 
 def hello_of(pool: PoolInfo) -> Hello:
-    return Hello(peer=pool.parts[0].agent, protocol=PROTOCOL, pool=pool, weight_version="w")
+    return Hello(peer=pool.parts[0].agent, protocol=PROTOCOL, pool=pool)
 
 
 def test_a_life_of_several_ranks_ends_with_the_last_of_them(monkeypatch: pytest.MonkeyPatch):
@@ -411,11 +411,21 @@ def test_a_life_of_several_ranks_ends_with_the_last_of_them(monkeypatch: pytest.
     gone: set[ProcessMark] = set()
     monkeypatch.setattr("transfer.sources.is_gone", lambda mark: mark in gone)
     life = Life("prefill-0", marks, 1)
-    life.meet(Life("prefill-1", marks, 1))
+    successors = tuple(replace(mark, started_ticks=mark.started_ticks + 10) for mark in marks)
+    life.meet(Life("prefill-1", successors, 1))
     assert not life.is_gone
     gone |= set(marks[:2])
     assert not life.is_gone
     gone.add(marks[2])
+    assert life.is_gone
+
+
+def test_the_same_processes_begin_another_life_only_when_the_one_before_has_ended():
+    marks = tuple(replace(own_mark(), started_ticks=ticks) for ticks in (1, 2, 3))
+    life = Life("prefill-0", (own_mark(), *marks), 1)
+    life.meet(Life("prefill-1", (own_mark(), *reversed(marks)), 1))
+    assert not life.is_gone
+    life.meet(Life("prefill-1", (own_mark(), *marks), 1))
     assert life.is_gone
 
 
@@ -433,9 +443,9 @@ def test_a_decode_worker_of_several_ranks_is_gone_with_the_last_of_them(monkeypa
 def test_an_answer_that_proves_too_much_is_dropped(bench: Bench, fields: dict[str, Any]):
     """Of no processes all have ended."""
     bench.links[0].send(DECODE, replace(HelloReply(peer="new", processes=(own_mark(),)), **fields))
-    dropped = bench.receiver.num_dropped
+    dropped = bench.receiver.counts.num_dropped
     bench.turn()
-    assert bench.receiver.num_dropped == dropped + 1
+    assert bench.receiver.counts.num_dropped == dropped + 1
     assert bench.receiver.mailbox.events() == []
 
 
@@ -450,7 +460,7 @@ def test_a_first_token_that_is_none_fails_the_request(checkpoint_of: Callable[[s
             message = replace(message, first_token=replace(message.first_token, token_id=token_id))
         send(peer, message)
 
-    pair.prefill_link.send = lie  # type: ignore[method-assign]
+    pair.prefill_link.send = lie  # type: ignore[method-assign,assignment]
     pair.submit("r", [1, 2, 3], options_of(4))
     pair.settle()
     failed = pair.decode.legs["r"].failed
@@ -474,3 +484,42 @@ def lost_message(bench: Bench) -> str:
     assert isinstance(event, KvLost)
     assert isinstance(quiet, PagesQuiet)
     return event.error.message
+
+
+def test_a_decode_worker_that_takes_leave_is_forgotten(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """At once, but for what is being written to it."""
+    forgotten: list[str] = []
+    monkeypatch.setattr(bench.sender._agent, "forget", forgotten.append)
+    bench.receiver.close()
+    bench.sleep(1.0, receiver=False)
+    assert (bench.sender.num_rooms, forgotten) == (1, [])
+    bench.network.release()
+    bench.sleep(1.0, receiver=False)
+    [closed] = bench.sender.mailbox.events()
+    assert closed == RoomClosed(bench.ROOM, "the decode worker has left", "decode")
+    assert forgotten == [DECODE]
+
+
+def test_an_end_that_writes_is_not_closed(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Its address would be another's, which is the proof that it writes no more."""
+    with monkeypatch.context() as patched:
+        patched.setattr("transfer.sender._CLOSING_S", 0.0)
+        assert not bench.sender.close()
+    assert PREFILL in bench.network.agents
+    bench.network.release()
+    assert bench.sender.close()
+    assert PREFILL not in bench.network.agents
+
+
+def test_commands_wake_the_endpoint_that_is_open(monkeypatch: pytest.MonkeyPatch):
+    woken: list[str] = []
+    monkeypatch.setattr(NotedLink, "wake", lambda link: woken.append(link.address))
+    bench = Bench()
+    bench.open()
+    bench.ask()
+    assert woken == [PREFILL, DECODE]
+    bench.sender.close()
+    bench.receiver.close()
+    bench.open()
+    bench.ask()
+    assert woken == [PREFILL, DECODE]

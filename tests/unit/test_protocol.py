@@ -15,6 +15,7 @@ from common.messages import (
     PromptLogprobs,
     RequestOptions,
     SamplingParams,
+    VersionSpan,
 )
 from common.protocol.generate import parse_generate
 from common.protocol.legs import decode_error, decode_last_event, decode_leg, encode_leg
@@ -363,6 +364,7 @@ def finished(rows=None):
         logprobs=[-0.5, -1.0, -1.5],
         finish_reason=FinishReason(type="length", length=3),
         rows=rows,
+        weight_versions=(VersionSpan(0, 3, "w0"), VersionSpan(3, 7, "w1")),
         timings={"pd_transfer_duration": 0.25},
     )
 
@@ -377,7 +379,7 @@ def reply(*, binary, is_leg):
         finished(BLOCK.header),
         text="abc",
         options=OPTIONS,
-        weight_version="w1",
+        weight_version="w2",
         e2e_latency_s=1.5,
         rows=rows,
         is_leg=is_leg,
@@ -403,6 +405,7 @@ def test_json_and_msgpack_say_the_same():
                 "completion_tokens": 3,
                 "cached_tokens": 4,
                 "weight_version": "w1",
+                "weight_versions": [[0, 3, "w0"], [3, 7, "w1"]],
                 "e2e_latency": 1.5,
                 "pd_transfer_duration": 0.25,
                 "output_token_logprobs": [[-0.5, 7, None], [-1.0, 8, None], [-1.5, 9, None]],
@@ -448,6 +451,7 @@ def test_an_early_abort_has_no_rows_at_all():
         token_ids=[],
         logprobs=[],
         finish_reason=FinishReason(type="abort", message="asked for", cause="requested"),
+        weight_versions=(),
     )
     answer = sample_reply(ended, text="", options=OPTIONS, weight_version="w", e2e_latency_s=0.0, is_leg=True)
     body = json.loads(encode_json(answer))
@@ -456,6 +460,7 @@ def test_an_early_abort_has_no_rows_at_all():
     assert body["meta_info"]["finish_reason"] == {"type": "abort", "message": "asked for", "cause": "requested"}
     leg = decode_leg(encode_msgpack(answer))
     assert leg.rows is None
+    assert (leg.meta_info.weight_version, leg.meta_info.weight_versions) == ("w", ())
     assert leg.meta_info.finish_reason.cause == "requested"
     with pytest.raises(AssertionError):
         sample_reply(finished(), text="", options=OPTIONS, weight_version="w", e2e_latency_s=0.0)
@@ -470,6 +475,7 @@ def test_a_leg_reply_comes_back_with_its_block():
         np.testing.assert_array_equal(view(leg.rows), view(BLOCK))
         assert [logprob for logprob, _, _ in leg.meta_info.output_token_logprobs or ()] == [-0.5, -1.0, -1.5]
         assert leg.leg.timings == {"pd_transfer_duration": 0.25}
+        assert leg.meta_info.weight_versions == (VersionSpan(0, 3, "w0"), VersionSpan(3, 7, "w1"))
     rows = decode_leg(body).rows
     assert rows is not None
     assert np.shares_memory(np.frombuffer(body, np.uint8), view(rows))

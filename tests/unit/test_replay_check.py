@@ -5,8 +5,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.replay.check import MalformedRowsError, RowCounts, check_rows, moe_layers_of, num_expected_rows, read_rows
-from deploy.replay.client import FinishReason, MetaInfo, Outcome, Reply, decode_reply
+from common.messages import FinishReason
+from deploy.answers import (
+    Answer,
+    MalformedRowsError,
+    MetaInfo,
+    WireReply,
+    decode_replies,
+    moe_layers_of,
+    num_expected_rows,
+    read_rows,
+)
+from deploy.replay.check import RowCounts, check_rows
+from deploy.replay.client import Outcome
 from deploy.replay.judge import Judge
 from deploy.replay.report import Summary, as_table, problem_lines, summarize
 from deploy.replay.workload import Sample
@@ -25,7 +36,7 @@ def good_rows() -> np.ndarray:
 
 def meta_of(rows: np.ndarray | None, **changes) -> MetaInfo:
     fields: dict[str, Any] = {
-        "finish_reason": FinishReason("length"),
+        "finish_reason": FinishReason(type="length"),
         "prompt_tokens": len(PROMPT),
         "completion_tokens": len(OUTPUT),
         "routed_experts_layer_ids": [0, 2],
@@ -42,7 +53,7 @@ def meta_of(rows: np.ndarray | None, **changes) -> MetaInfo:
 
 def summary_of(meta: MetaInfo, *, output=OUTPUT, num_experts: int | None = NUM_EXPERTS, failure=None) -> Summary:
     sample = Sample(line=1, input_ids=PROMPT, max_new_tokens=len(OUTPUT))
-    reply = None if failure else Reply("text", list(output), meta)
+    reply = None if failure else WireReply("text", list(output), meta)
     outcome = Outcome(sample=sample, reply=reply, failure=failure, latency_s=0.25)
     verdict = Judge(rows=True, greedy=True, num_experts=num_experts).judge(outcome)
     return summarize([verdict], 0.5, rows=True, range_checked=num_experts is not None, reference=False)
@@ -163,7 +174,8 @@ def test_json_replies_carry_the_rows_as_base64() -> None:
         b' "prompt_tokens": 1, "completion_tokens": 1, "routed_experts": "AQID", "routed_experts_shape": [1, 1, 3],'
         b' "routed_experts_dtype": "uint8", "extra": [1]}}'
     )
-    rows = read_rows(decode_reply(body, "application/json").meta_info)
+    [reply] = decode_replies(Answer(body, "application/json"))
+    rows = read_rows(reply.meta_info)
     assert rows is not None
     assert rows.tolist() == [[[1, 2, 3]]]
 

@@ -12,10 +12,9 @@ from common.config import ServerOptions
 from common.errors import UsageError
 from common.routed_experts.codec import rows_from_reply
 from router.config import RouterConfig, RouterOptions, parse_router_config
-from router.leg_run import leg_on
 from router.membership import Membership
-from router.policy import make_policy
 from tests.support import stub_workers as stubs
+from tests.support.prompts import sample
 from tests.support.rows import SPEC
 from tests.support.stub_workers import CACHED_TOKENS, ROWS, stack
 
@@ -804,18 +803,7 @@ def test_flags_that_cannot_be_used(argv):
         parse_router_config(argv)
 
 
-def test_policies():
-    workers = Membership(RouterOptions(decode=("http://a:1", "http://b:1", "http://c:1"))).workers
-    round_robin = make_policy("round_robin")
-    assert [round_robin(workers) for _ in range(4)] == [*workers, workers[0]]
-    least_loaded = make_policy("least_loaded")
-    with leg_on(workers[0]), leg_on(workers[0]), leg_on(workers[1]):
-        assert least_loaded(workers) is workers[2]
-    assert {least_loaded(workers).url for _ in range(3)} == {worker.url for worker in workers}
-    assert make_policy("random")(workers) in workers
-
-
 def test_an_ipv6_worker_has_a_bare_host():
     membership = Membership(RouterOptions(prefill=(("http://[::1]:7000/", 1),), decode=("http://b:1",)))
-    prefill = membership.pick("prefill")
+    prefill = membership.pick("prefill", sample())
     assert (prefill.host, prefill.url) == ("::1", "http://[::1]:7000")

@@ -4,7 +4,7 @@ import pytest
 
 from router.breaker import Breaker, BreakerState
 from router.leg_run import leg_on
-from router.membership import Worker
+from router.worker import Worker
 
 PAUSE_S = 5.0
 

@@ -9,7 +9,7 @@ import pytest
 
 from router.breaker import Breaker
 from router.leg_run import leg_on
-from router.membership import Worker
+from router.worker import Worker
 from tests.support import stub_workers as stubs
 from tests.support.asking import ask, body, check_answer, workers_of
 from tests.support.processes import until

@@ -20,6 +20,7 @@ from tests.support.asking import (
     metrics_of,
     workers_of,
 )
+from tests.support.prompts import sample
 from tests.support.stub_workers import stack
 
 # One failure is enough to see whom the router blames.
@@ -115,12 +116,12 @@ async def test_what_has_failed_a_prompt_is_not_picked_for_it_again(failing):
 def test_who_has_failed_last_is_picked_last():
     membership = Membership(RouterOptions(decode=("http://a:1", "http://b:1", "http://c:1"), policy="random"))
     a, b, c = membership.workers
-    assert {membership.pick("decode", [a]) for _ in range(50)} == {b, c}
-    assert membership.pick("decode", [a, b]) is c
-    assert membership.pick("decode", [a, b, c]) is a
-    assert membership.pick("decode", [a, b, c, a]) is b
+    assert {membership.pick("decode", sample(), failed=[a]) for _ in range(50)} == {b, c}
+    assert membership.pick("decode", sample(), failed=[a, b]) is c
+    assert membership.pick("decode", sample(), failed=[a, b, c]) is a
+    assert membership.pick("decode", sample(), failed=[a, b, c, a]) is b
     b.mark_unhealthy("it is stuck", ends_legs=True)
-    assert membership.pick("decode", [a, b, c, a]) is c
+    assert membership.pick("decode", sample(), failed=[a, b, c, a]) is c
 
 
 async def test_no_attempt_begins_after_the_deadline():
@@ -143,6 +144,7 @@ async def test_a_prompt_for_one_worker_alone_is_tried_again(stream):
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_aggregated_worker_that_fails_is_replaced_by_another(stream):
     async with stack(decode=stubs.reset, num_pairs=2) as running:
+        running.decode.is_alone = running.pairs[1][1].is_alone = True
         urls = (running.decode.url, running.pairs[1][1].url)
         options = RouterOptions(worker=urls, policy="round_robin", **BLAMING)
         app = await stubs.create_app(RouterConfig(router=options))

@@ -19,6 +19,7 @@ from common.routed_experts.codec import (
 )
 from common.routed_experts.spec import RowSpec, smallest_dtype
 from common.routed_experts.verify import verify
+from common.versions import whole
 from tests.support.rows import SPEC, cut, make_rows
 
 WIDE = RowSpec(num_experts=300, top_k=3, layer_ids=(0, 1), num_hidden_layers=2)
@@ -31,11 +32,11 @@ def test_the_smallest_dtype_holds_the_largest_id(num_experts, dtype):
 
 
 def test_a_header_says_what_its_bytes_are():
-    header = SPEC.header(start=3, stop=10, weight_version="w1")
+    header = SPEC.header(start=3, stop=10, weight_versions=whole(3, 10, "w1"))
     assert header.shape == (7, 3, 4)
     assert header.num_bytes == 7 * SPEC.row_bytes
     assert [(span.start, span.stop) for span in header.weight_versions] == [(3, 10)]
-    assert SPEC.header(start=3, stop=3, weight_version="w1").weight_versions == ()
+    assert SPEC.header(start=3, stop=3, weight_versions=whole(3, 3, "w1")).weight_versions == ()
 
 
 @pytest.mark.parametrize("spec", [SPEC, WIDE])
@@ -125,11 +126,11 @@ def test_an_id_out_of_range_is_found():
 
 
 def test_all_zero_rows_are_bad():
-    header = SPEC.header(start=0, stop=2, weight_version="w1")
+    header = SPEC.header(start=0, stop=2, weight_versions=whole(0, 2, "w1"))
     with pytest.raises(BadRows, match=r"^6 of 6"):
         verify(block_of(header, np.zeros(header.shape, np.uint8)))
 
 
 def test_verify_refuses_a_wrong_length():
     with pytest.raises(RowsMismatch):
-        verify(RowBlock(SPEC.header(start=0, stop=2, weight_version="w1"), b"\0"))
+        verify(RowBlock(SPEC.header(start=0, stop=2, weight_versions=whole(0, 2, "w1")), b"\0"))

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import msgspec
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from common.messages import PageCounts
+from deploy.connection import NO_RETRIES, Connection
 from deploy.replay.reference import Trace
 from deploy.soak.cases import CLEAR_LOGITS, Case, is_clear
 from deploy.soak.client import Job, send
@@ -147,8 +147,8 @@ class Stage:
         """Send one request, with the third case, and judge what comes."""
         fields: dict[str, Any] = {"rid": "r", "cases": [CASES[2]], "is_list": False, "n": 1, "start": 2}
         job = Job(**(fields | {"form": "msgpack", "dtype": "auto"} | changes))
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=deadline_s)) as session:
-            return judge(job, await send(session, self.url, job), is_aborted=is_aborted, at_s=1.0)
+        async with Connection(self.url, deadline_s=deadline_s, retries=NO_RETRIES) as connection:
+            return judge(job, await send(connection, job), is_aborted=is_aborted, at_s=1.0)
 
 
 @pytest.fixture
@@ -229,8 +229,8 @@ async def test_rows_that_fit_nothing_are_all_wrong(stage: Stage) -> None:
 
 async def test_an_expert_in_a_dense_layer_is_a_wrong_row(stage: Stage) -> None:
     job = Job(rid="r", cases=[CASES[0]], is_list=False, n=1, form="json", dtype="int32", start=0)
-    async with aiohttp.ClientSession() as session:
-        received = await send(session, stage.url, job)
+    async with Connection(stage.url) as connection:
+        received = await send(connection, job)
     rows = bytearray(received.replies[0].meta_info.routed_experts or b"")
     rows[K * 4] = 1
     meta = msgspec.structs.replace(received.replies[0].meta_info, routed_experts=bytes(rows))

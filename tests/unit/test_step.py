@@ -55,7 +55,7 @@ def launch(plan: StepPlan, copies: Copies, num_scored: tuple[int, ...] = ()) -> 
     cache = HostCache(SPEC, allocator.generations, 1)
     slots = np.arange(plan.num_tokens)
     num_scored = num_scored or (0,) * len(plan.entries)
-    return Launched(plan, copies, num_scored, cache.reserve(slots), cache), cache, slots
+    return Launched(plan, copies, num_scored, cache.reserve(slots), cache, "w"), cache, slots
 
 
 def test_nothing_is_committed_before_settle_and_everything_by_it():
@@ -69,7 +69,7 @@ def test_nothing_is_committed_before_settle_and_everything_by_it():
     rows, written = cache.read(slots)
     assert written.all()
     np.testing.assert_array_equal(rows, copies.arrays["rows"])
-    assert result.plan is plan
+    assert (result.plan, result.weight_version) == (plan, "w")
     assert [[sampled[:2] for sampled in outcome.sampled] for outcome in result.outcomes] == [
         [(40, -0.5)],
         [],

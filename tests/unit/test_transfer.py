@@ -48,14 +48,14 @@ def test_pages_move_chunk_by_chunk(checkpoint: Path):
     pair = InProcessPair(checkpoint, chunk_tokens=32, faults=faults)
     [_] = pair.run([([1], options_of(1))])  # the handshake
     faults.seen.clear()
-    num_bytes = pair.decode.endpoint.num_bytes
+    num_bytes = pair.decode.endpoint.counts.num_bytes
     pair.submit("r", random_prompts(0, 2)[1][:80], options_of(3, ignore_eos=True), decode_first=True)
     pair.settle()
     assert len(pair.answer("r").output_ids) == 3
     assert faults.seen.count("write") == 3
     assert (
-        pair.decode.endpoint.num_bytes
-        == pair.prefill.endpoint.num_bytes
+        pair.decode.endpoint.counts.num_bytes
+        == pair.prefill.endpoint.counts.num_bytes
         == num_bytes + 5 * pair.decode.engine.kv_pool.layout.page_bytes
     )
 
@@ -159,8 +159,8 @@ def test_a_stranger_is_not_served(checkpoint: Path):
         )
     pair.settle()
     assert pair.prefill.endpoint.num_rooms == 0
-    assert pair.prefill.endpoint.num_writes == 0
-    assert pair.decode.endpoint.num_dropped == 4, "three refusals and an answer to a greeting that was not sent"
+    assert pair.prefill.endpoint.counts.num_writes == 0
+    assert pair.decode.endpoint.counts.num_dropped == 4, "three refusals and an answer to a greeting that was not sent"
 
 
 def test_layouts_that_differ_are_refused(checkpoint: Path):

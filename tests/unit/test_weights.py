@@ -25,8 +25,9 @@ from common.kernels.torch_kernels import TorchKernels
 from common.models.config import Fp8Config, load_model_config, resolve_checkpoint
 from common.models.qwen3_moe import Qwen3Moe
 from common.models.registry import build_model
+from common.models.weight_files import load_weights
 from common.models.weight_table import Fused, Target, WeightTable, columns_of, rows_of, whole
-from common.models.weights import fill_randomly, load_weights
+from common.models.weights import fill_randomly
 from common.ranks import Span
 from tests.support.checkpoints import SHAPES, edit_config, edit_tensors, make_checkpoint
 
@@ -412,7 +413,7 @@ def test_ranks_read_what_they_hold_and_no_more(tmp_path, monkeypatch, spelling, 
     toy = Toy(8, (16, 8), 16, 32, 8, 12)
     tensors = toy.tensors()
     save_file(tensors if spelling == "one by one" else toy.fused(tensors), tmp_path / "model.safetensors")
-    monkeypatch.setattr("common.models.weights.safe_open", Counting)
+    monkeypatch.setattr("common.models.weight_files.safe_open", Counting)
     split_bytes = sum(tensor.nbytes for name, tensor in tensors.items() if name != "norm")
     for held in split(toy, 4, ep=ep, cut=even):
         read_bytes = 0

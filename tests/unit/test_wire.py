@@ -29,6 +29,7 @@ from common.messages import (
     FrontendToEngine,
     Generate,
     GetStats,
+    Goodbye,
     Heartbeat,
     HeartbeatReply,
     Hello,
@@ -48,8 +49,30 @@ from common.messages import (
     Stats,
     StopAt,
     Tokens,
+    VersionSpan,
+)
+from common.orders import (
+    AwaitIdle,
+    CheckWeights,
+    Continue,
+    Done,
+    JoinWeightGroup,
+    LeaveWeightGroup,
+    LoadWeights,
+    Order,
+    Pause,
+    PickledWeights,
+    ReleaseMemory,
+    ResumeMemory,
+    SetWeightVersion,
+    StartProfile,
+    StopProfile,
+    WarmUp,
+    WeightBroadcast,
+    WeightFiles,
 )
 from common.process import free_port
+from common.versions import whole
 from common.wire import ControlDialer, ControlListener, EngineChannel, FrontendChannel
 from tests.support.processes import DEADLINE_S
 from tests.support.rows import SPEC
@@ -82,6 +105,24 @@ POOL = PoolInfo(
 )
 ERROR = ErrorReport(status=502, message="nö", code="leg_failed", leg="decode", stage="transfer", rid="r")
 
+ORDERS: list[Order] = [
+    Pause(1),
+    Continue(2),
+    CheckWeights(3, WeightFiles("/checkpoint")),
+    LoadWeights(4, WeightBroadcast(group="g", names=("a", "b"), dtypes=("float32",) * 2, shapes=((2, 3), ())), "v"),
+    LoadWeights(5, PickledWeights(("/a", "/b")), "v"),
+    SetWeightVersion(6, "w"),
+    JoinWeightGroup(
+        serial=7, group="g", address="h", port=5, rank_offset=1, world_size=3, backend="gloo", deadline_s=1.5
+    ),
+    LeaveWeightGroup(8, "g"),
+    ReleaseMemory(9, ("weights", "kv_cache")),
+    ResumeMemory(10, ("kv_cache",)),
+    AwaitIdle(11, 2.5),
+    WarmUp(12),
+    StartProfile(serial=13, folder="/folder", kind="prefill", activities=("CPU", "GPU")),
+    StopProfile(14),
+]
 TO_ENGINE: list[FrontendToEngine] = [
     Generate(rid="é", input_ids=[0, 2**31 - 1], options=OPTIONS, bootstrap=Bootstrap("h", 1, (2**63 - 1,))),
     Generate(rid="score", input_ids=[], options=RequestOptions()),
@@ -90,6 +131,7 @@ TO_ENGINE: list[FrontendToEngine] = [
     StopAt(rid="r", index=2, num_tokens=5, matched="\n\né"),
     GetStats(7),
     FlushCache(8),
+    *ORDERS,
     Shutdown(),
 ]
 TO_FRONTEND: list[EngineToFrontend] = [
@@ -116,7 +158,8 @@ TO_FRONTEND: list[EngineToFrontend] = [
         token_ids=[4],
         logprobs=[-1.5],
         finish_reason=FinishReason(type="stop", matched=4),
-        rows=SPEC.header(start=0, stop=3, weight_version="w"),
+        rows=SPEC.header(start=0, stop=3, weight_versions=whole(0, 3, "w")),
+        weight_versions=(VersionSpan(0, 2, "v"), VersionSpan(2, 3, "w")),
         timings={"pd_transfer_duration": 0.25},
     ),
     Failed("r", ERROR),
@@ -140,12 +183,15 @@ TO_FRONTEND: list[EngineToFrontend] = [
     Beat(num_steps=1, quarantined_pages=2, num_pages=3),
     CacheFlushed(7),
     CacheFlushed(8, "1 requests are running"),
+    Done(serial=9),
+    Done(serial=10, error="rank 1: no", num_left=3),
 ]
 TO_PREFILL: list[DecodeToPrefill] = [
-    Hello(peer="decode-1", protocol=1, pool=POOL, weight_version="w"),
+    Hello(peer="decode-1", protocol=1, pool=POOL),
     Heartbeat([1, 2**63 - 1]),
     KvRequest(to="p", room=2**63 - 1, generation=1, pages=[3, 1], prompt_tokens=5, prompt_digest=b"\x01" * 16),
     KvAbort(to="p", room=5, generation=2),
+    Goodbye(),
 ]
 TO_DECODE: list[PrefillToDecode] = [
     HelloReply(peer="prefill-1", processes=(MARK, MARK), dp=2, refusal="layouts differ"),
@@ -157,6 +203,7 @@ TO_DECODE: list[PrefillToDecode] = [
         write_seconds=0.5,
         exposed_seconds=0.25,
         first_token=FirstToken(token_id=4, logprob=-0.125),
+        prompt_versions=("v", "w"),
     ),
     KvClosed(room=1, generation=2, error="gone", stage="transfer"),
 ]
@@ -174,9 +221,7 @@ GARBAGE: list[bytes] = [
     msgspec.msgpack.encode(Abort("abc")).replace(b"abc", b"\xff\xfe\xfd"),
     msgspec.msgpack.encode(Failed("abc", ERROR)).replace(b"abc", b"\xff\xfe\xfd"),
     msgspec.msgpack.encode(HelloReply(peer="abc", processes=(MARK,))).replace(b"abc", b"\xff\xfe\xfd"),
-    msgspec.msgpack.encode(Hello(peer="abc", protocol=1, pool=POOL, weight_version="")).replace(
-        b"abc", b"\xff\xfe\xfd"
-    ),
+    msgspec.msgpack.encode(Hello(peer="abc", protocol=1, pool=POOL)).replace(b"abc", b"\xff\xfe\xfd"),
     *(
         bytes([0x82])
         + msgspec.msgpack.encode("type")

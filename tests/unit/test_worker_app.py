@@ -210,6 +210,7 @@ async def test_an_end_that_crosses_the_stop_is_cut(stop: str, reports_tokens: bo
     assert meta["output_token_logprobs"] == [[logprob(i), WORDS[i], None] for i in range(count)]
     assert len(meta["output_top_logprobs"]) == count
     check_rows(reply, 3, 3 + count - 1)
+    assert meta["weight_versions"] == ([[3, 3 + count - 1, "w1"]] if count > 1 else [])
     if count == 1:
         assert meta["routed_experts"] == ""
     if streams and reports_tokens:
@@ -432,7 +433,10 @@ async def test_the_cache_is_flushed_or_the_refusal_told():
 async def test_what_a_worker_says_of_itself():
     async with scripted_worker() as worker:
         worker.engine.on_message = lambda message: answer_control(worker, message)
+        load = {"num_running_reqs": 2, "num_waiting_reqs": 1, "num_used_tokens": 16, "max_total_num_tokens": 36}
         assert (await worker.get("/v1/loads"))[1] == {
+            "paused": False,
+            "loads": [{"dp_rank": 0, **load}],
             "open_requests": 0,
             "queued_requests": 1,
             "running_requests": 2,

@@ -37,7 +37,10 @@ async def served(worker: Worker) -> bool:
 
 async def test_a_silent_engine_fails_what_is_open_and_gets_its_aborts():
     async with scripted_worker(options=ENGINE) as worker:
-        assert await worker.get("/health") == (200, {"status": "ok", "dp_size": 1})
+        assert await worker.get("/health") == (
+            200,
+            {"status": "ok", "dp_size": 1, "paused": False, "weight_version": "w1"},
+        )
         whole = asyncio.create_task(worker.post(**asked()))
         first = await worker.engine.next_generate()
         stream = asyncio.create_task(worker.stream(**asked()))
@@ -63,7 +66,10 @@ async def test_a_silent_engine_fails_what_is_open_and_gets_its_aborts():
             await worker.clock.advance(100.0)
         # It comes back, with what it had done before.
         worker.engine.finish(first, WORDS)
-        assert await worker.get("/health") == (200, {"status": "ok", "dp_size": 1})
+        assert await worker.get("/health") == (
+            200,
+            {"status": "ok", "dp_size": 1, "paused": False, "weight_version": "w1"},
+        )
         assert await served(worker)
         # And is watched as before.
         await worker.clock.advance(31.0)

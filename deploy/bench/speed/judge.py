@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from deploy.answers import MalformedRowsError, MetaInfo, moe_layers_of, num_expected_rows, read_rows
 from deploy.bench.options import BenchError
 from deploy.bench.speed.client import Reply
 from deploy.bench.speed.requests import Target
 from deploy.bench.speed.results import Round, Transfer, spread_of, weighted_median
 from deploy.bench.speed.workloads import RowsForm, Workload
-from deploy.replay.check import MalformedRowsError, RowCounts, check_rows, moe_layers_of, num_expected_rows, read_rows
-from deploy.replay.client import MetaInfo
+from deploy.replay.check import RowCounts, check_rows
 
 _QUOTED_CHARS = 300
 _EVENT_END = b"\n\n"
