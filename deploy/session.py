@@ -6,7 +6,7 @@ pass. Neighbours: `deploy.client` (sends), `deploy.replies` (reads strictly, and
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,8 +15,15 @@ from common.versions import Spans
 from deploy.answers import Ids, MalformedRowsError
 from deploy.replies import Reply, RowKind, join_versions
 
-if TYPE_CHECKING:
-    from deploy.client import TandemClient
+
+class Generates(Protocol):
+    """Who sends; `deploy.client.TandemClient` is the real one."""
+
+    async def generate(self, *, input_ids: Sequence[int], start_len: int, **asked: Any) -> Reply:
+        """Generate one sample, with the rows from `start_len` on."""
+
+    async def resume(self, partial: Reply, prompt_ids: Sequence[int], **asked: Any) -> Reply:
+        """Go on behind a reply that somebody ended, and give the whole."""
 
 
 class Session:
@@ -26,7 +33,7 @@ class Session:
     A turn that fails leaves everything as it was.
     """
 
-    def __init__(self, client: "TandemClient", session_id: str | None = None) -> None:
+    def __init__(self, client: Generates, session_id: str | None = None) -> None:
         self.session_id = session_id or new_rid()
         self.token_ids: list[int] = []
         self.weight_versions: Spans = ()
@@ -59,7 +66,7 @@ class Session:
     ) -> Reply:
         """Send the tokens so far and the new ones, and take in the answer; its rows begin at those that are held.
 
-        `fields` are further ones of `TandemClient.generate`. An answer that somebody ended counts as far as it goes: `resume`
+        `fields` are further ones of `generate`. An answer that somebody ended counts as far as it goes: `resume`
         goes on with it, another turn behind it. One without any token leaves everything as it was.
         """
         async with self._lock:

@@ -247,7 +247,8 @@ def _layout_of(message: RunStep) -> StepLayout:
         tokens=tokens,
         draws=draws,
         params_3S=params_3S,
-        attention=AttentionPlan(*(np.frombuffer(array, dtype=np.int32) for array in arrays)),
+        # Torch warns of arrays that it may not write to.
+        attention=AttentionPlan(*(np.frombuffer(bytearray(array), dtype=np.int32) for array in arrays)),
         draw_entries=np.zeros(0, dtype=np.int64),
         all_known=False,
         all_greedy=False,

@@ -16,10 +16,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import aiohttp
-
+from common.errors import TandemError
 from deploy.bench.figures import Figure, Target, make_figure
 from deploy.bench.options import BenchError, BenchOptions
+from deploy.client import TandemClient
+from deploy.connection import NO_RETRIES
 from deploy.demo import demo_checkpoint
 from deploy.stack import Stack, make_stack
 
@@ -46,10 +47,10 @@ async def _run(options: BenchOptions) -> list[Figure]:
     away: list[float] = []
     async with (
         make_stack([f"--model={model}", *_FLAGS]) as stack,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=_DEADLINE_S)) as session,
+        _client_of(stack.url) as router,
     ):
         stopped, killed = stack.names("prefill")
-        client = _Client(session, stack)
+        client = _Load(router, stack)
         num_requests = options.scaled(_NUM_REQUESTS, least=20)
         await client.p99_ms(num_requests)  # opens connections, makes handshakes
         for _ in range(rounds):
@@ -86,7 +87,7 @@ async def _run(options: BenchOptions) -> list[Figure]:
     ]
 
 
-async def _kill(stack: Stack, client: "_Client", victim: str) -> tuple[float, float]:
+async def _kill(stack: Stack, client: "_Load", victim: str) -> tuple[float, float]:
     """Kill a worker's engine; from its being ready again to the first answer through it, and from the kill until then, in s."""
     num_starts = stack.num_starts(victim)
     killed_at = time.monotonic()
@@ -97,12 +98,16 @@ async def _kill(stack: Stack, client: "_Client", victim: str) -> tuple[float, fl
     return time.monotonic() - ready_at, ready_at - killed_at
 
 
-class _Client:
+def _client_of(url: str) -> TandemClient:
+    """Nothing is tried again: what fails is to be seen."""
+    return TandemClient(url, deadline_s=_DEADLINE_S, retries=NO_RETRIES)
+
+
+class _Load:
     """Sends requests, and watches what the router thinks of its workers."""
 
-    def __init__(self, session: aiohttp.ClientSession, stack: Stack) -> None:
-        self._session = session
-        self._stack = stack
+    def __init__(self, router: TandemClient, stack: Stack) -> None:
+        self._router = router
         self._urls = {command.name: command.url for command in stack.plan.commands}
         self._random = random.Random(0)
 
@@ -121,15 +126,12 @@ class _Client:
 
     async def _generate(self) -> None:
         prompt = [self._random.randrange(3, 200) for _ in range(self._random.randrange(1, 32))]
-        body = {
-            "input_ids": prompt,
-            "sampling_params": {"max_new_tokens": 16, "ignore_eos": True},
-            "return_routed_experts": True,
-        }
-        async with self._session.post(f"{self._stack.url}/generate", json=body) as response:
-            text = await response.text()
-        if response.status != 200:
-            raise BenchError(f"a request failed with {response.status}: {text[:300]}")
+        try:
+            await self._router.generate(
+                input_ids=prompt, sampling_params={"max_new_tokens": 16, "ignore_eos": True}, form="int32"
+            )
+        except TandemError as error:
+            raise BenchError(f"a request failed: {error}") from error
 
     async def until_healthy(self, name: str, is_healthy: bool) -> None:
         """Wait until the router thinks so of a worker. Raises BenchError past the deadline."""
@@ -148,15 +150,12 @@ class _Client:
                 await asyncio.gather(*(self._generate() for _ in range(2)))
 
     async def _entry(self, name: str) -> dict[str, object]:
-        async with self._session.get(f"{self._stack.url}/workers") as response:
-            workers = (await response.json())["workers"]
-        entry: dict[str, object] = next(worker for worker in workers if worker["url"] == self._urls[name])
-        return entry
+        return next(worker for worker in await self._router.workers() if worker["url"] == self._urls[name])
 
     async def _num_kv_bytes(self, name: str) -> int:
         """How many bytes of KV a worker has sent, which grow with each prompt that goes through it."""
-        async with self._session.get(f"{self._urls[name]}/server_info") as response:
-            num_bytes: int = (await response.json())["stats"]["kv_bytes"]
+        async with _client_of(self._urls[name]) as worker:
+            num_bytes: int = (await worker.server_info())["stats"]["kv_bytes"]
         return num_bytes
 
 

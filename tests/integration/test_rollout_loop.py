@@ -29,8 +29,6 @@ GROUP = "rollout-weights"
 MODES = ["abort", "in_place", "retract", "in_place", "retract", "abort", "retract", "in_place", "retract", "in_place"]
 REPLIES_A_ROUND = 60
 """Answered before the next round begins."""
-SHARE_JUDGED = 0.5
-"""Of the answers under one version; those under several are judged all."""
 
 
 def name_of(number: int) -> str:
@@ -194,7 +192,6 @@ async def test_ten_rounds(checkpoints: dict[str, Path], tmp_path: Path):
 def judge(rollouts: Rollouts, checkpoints: dict[str, Path]) -> None:
     """Every answer by the versions that it reports."""
     judges, tally, outcomes = VersionJudge(checkpoints, keeps_kv), Tally(), Counter[str]()
-    sampled = random.Random(2)
     for prompt, body, may_mix in rollouts.answers:
         reply = Reply(body)
         spans, reason = reply.meta["weight_versions"], reply.meta["finish_reason"]
@@ -208,8 +205,7 @@ def judge(rollouts: Rollouts, checkpoints: dict[str, Path]) -> None:
         assert may_mix or len(versions) == 1
         outcomes["+".join(MODES[int(left[1:])] for left in versions[:-1]) or "one version"] += 1
         assert len(reply.rows) == len(prompt) + len(reply.output_ids) - 1
-        if len(versions) > 1 or sampled.random() < SHARE_JUDGED:
-            judges.add(tally, prompt, reply.output_ids, reply.rows, spans)
+        judges.add(tally, prompt, reply.output_ids, reply.rows, spans)
     tally.assert_clean()
     assert outcomes["length"] > 300
     assert outcomes["abort"] > 20
