@@ -11,6 +11,7 @@ import pytest
 TRITON = Path(__file__).parents[2] / ".cache" / "triton"
 CHECKS = (
     "add_norm",
+    "add_norm_over",
     "norm_rotate_store",
     "few_tokens",
     "single_tokens",
