@@ -93,6 +93,7 @@ class WorkerControl:
                 "dp_size": self._engine.ranks.dp,
                 "paused": self._updates.is_paused,
                 "weight_version": self._updates.weight_version,
+                "model_path": self._updates.model_path,
             }
         )
 

@@ -185,7 +185,8 @@ async def test_ten_rounds(checkpoints: dict[str, Path], tmp_path: Path):
         await updater.post("/destroy_weights_update_group", group_name=GROUP)
         updater.trainer.leave()
         await wait_quiet(client)
-        await assert_all_serve(stack, name_of(len(MODES)))
+        # The last ones came by broadcasts.
+        await assert_all_serve(stack, name_of(len(MODES)), str(checkpoints[name_of(len(MODES) - 1)]))
     judge(rollouts, checkpoints)
 
 
@@ -229,11 +230,12 @@ async def wait_quiet(client: Client, deadline_s: float = 60.0) -> None:
         assert pages["free"] + pages["cached"] == pages["total"]
 
 
-async def assert_all_serve(stack: Stack, version: str) -> None:
-    """All four workers are there, healthy, not paused, and have these weights."""
+async def assert_all_serve(stack: Stack, version: str, folder: str) -> None:
+    """All four workers are there, healthy, not paused, and have these weights; `folder` is what they read last."""
     async with Client(stack.url) as client:
         _, body = await client.get("/workers")
     assert len(body["workers"]) == 4
     for worker in body["workers"]:
         assert worker["healthy"], worker
         assert worker["weight_version"] == version
+        assert worker["model"] == folder

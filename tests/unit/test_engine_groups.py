@@ -327,7 +327,7 @@ async def test_a_crowded_group_is_passed_over_and_only_if_all_are_is_the_worker(
 
 async def test_a_worker_s_health_and_account_tell_of_its_groups():
     async with scripted_worker("prefill", options=EngineOptions(tp=4, dp=2, ep=True)) as worker:
-        health = {"status": "ok", "dp_size": 2, "paused": False, "weight_version": "w1"}
+        health = {"status": "ok", "dp_size": 2, "paused": False, "weight_version": "w1", "model_path": "demo"}
         assert await worker.get("/health") == (200, health)
         asking = asyncio.create_task(worker.get("/server_info"))
         for engine in worker.engines:

@@ -167,6 +167,7 @@ async def test_an_engine_that_falls_silent_is_not_paused_afterwards():
             "dp_size": 1,
             "paused": False,
             "weight_version": "w1",
+            "model_path": "demo",
         }
 
 

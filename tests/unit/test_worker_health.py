@@ -39,7 +39,7 @@ async def test_a_silent_engine_fails_what_is_open_and_gets_its_aborts():
     async with scripted_worker(options=ENGINE) as worker:
         assert await worker.get("/health") == (
             200,
-            {"status": "ok", "dp_size": 1, "paused": False, "weight_version": "w1"},
+            {"status": "ok", "dp_size": 1, "paused": False, "weight_version": "w1", "model_path": "demo"},
         )
         whole = asyncio.create_task(worker.post(**asked()))
         first = await worker.engine.next_generate()
@@ -68,7 +68,7 @@ async def test_a_silent_engine_fails_what_is_open_and_gets_its_aborts():
         worker.engine.finish(first, WORDS)
         assert await worker.get("/health") == (
             200,
-            {"status": "ok", "dp_size": 1, "paused": False, "weight_version": "w1"},
+            {"status": "ok", "dp_size": 1, "paused": False, "weight_version": "w1", "model_path": "demo"},
         )
         assert await served(worker)
         # And is watched as before.
