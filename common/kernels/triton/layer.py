@@ -63,10 +63,20 @@ def _add_norm(
         added = tl.zeros([D_BLOCK], dtype=tl.float32)
         for k in tl.static_range(K):
             added += tl.load(delta + (token * K + k) * D + columns, mask=is_column, other=0.0).to(tl.float32)
-        # The sum that is normed is the one that the next layer gets.
-        value = (value + added).to(sums.dtype.element_ty)
-        tl.store(sums + token * D + columns, value, mask=is_column)
-        value = value.to(tl.float32)
+        value = _store_sum(value + added, sums, token, columns, is_column, D)
+    _store_normed(value, weight, normed, token, columns, is_column, eps, D)
+
+
+@triton.jit
+def _store_sum(value, sums, token, columns, is_column, D: tl.constexpr):
+    """Round and store a sum; the one that is normed is the one that the next layer gets."""
+    rounded = value.to(sums.dtype.element_ty)
+    tl.store(sums + token * D + columns, rounded, mask=is_column)
+    return rounded.to(tl.float32)
+
+
+@triton.jit
+def _store_normed(value, weight, normed, token, columns, is_column, eps, D: tl.constexpr):
     scale = tl.rsqrt(tl.sum(value * value) / D + eps)
     weights = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     tl.store(normed + token * D + columns, (value * scale * weights).to(normed.dtype.element_ty), mask=is_column)
@@ -138,12 +148,8 @@ def _add_norm_over(
         # Not from this GPU's cache, which may have the sum before the last.
         added += tl.load(part + token * D + columns, mask=is_column, other=0.0, cache_modifier=".cv").to(tl.float32)
     value = tl.load(x + token * D + columns, mask=is_column, other=0.0).to(tl.float32)
-    value = (value + added).to(sums.dtype.element_ty)
-    tl.store(sums + token * D + columns, value, mask=is_column)
-    value = value.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value) / D + eps)
-    weights = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
-    tl.store(normed + token * D + columns, (value * scale * weights).to(normed.dtype.element_ty), mask=is_column)
+    value = _store_sum(value + added, sums, token, columns, is_column, D)
+    _store_normed(value, weight, normed, token, columns, is_column, eps, D)
 
 
 def add_up(delta_TKD: torch.Tensor, ids_TK: torch.Tensor | None = None) -> torch.Tensor:
