@@ -18,6 +18,8 @@ from types import TracebackType
 from typing import NoReturn
 
 import aiohttp
+import msgspec
+from msgspec import Struct
 
 from common.process import ensure_port_free, free_port
 from common.server.http import bearer
@@ -38,11 +40,22 @@ FIRST_REQUEST_DEADLINE_S = 30.0
 STOP_ORDER: tuple[RoleName, ...] = ("router", "prefill", "decode", "aggregated")
 
 
-class Stack:
-    """The children of one plan. `start` returns once a real request has gone through; `stop` is always safe to call.
+class _WorkerHealth(Struct):
+    url: str
+    status: str
 
-    The children's output, stdout too, goes to this process's stderr, or to the file `log_file` (appended). `events` is
-    what happened to them, oldest first.
+
+class _RouterHealth(Struct):
+    """What is read of the router's GET /health."""
+
+    workers: list[_WorkerHealth]
+
+
+class Stack:
+    """The children of one plan. `start` returns once the router has all workers and a real request has gone through.
+
+    `stop` is always safe to call. The children's output, stdout too, goes to this process's stderr, or to the file
+    `log_file` (appended). `events` is what happened to them, oldest first.
     """
 
     def __init__(self, plan: LaunchPlan, *, log_file: Path | None = None) -> None:
@@ -108,7 +121,7 @@ class Stack:
     # -------------------------------------------------------------------------------------------- its life
 
     async def start(self) -> None:
-        """Start all children and wait for the first answer.
+        """Start all children, and wait until the router has all workers and the first answer.
 
         Raises ChildError if one ends for good meanwhile, StackError past the deadline; the caller calls `stop` in any case.
         """
@@ -167,24 +180,32 @@ class Stack:
                     while not child.is_ready:
                         waiting_for = f"{child.command.name}'s /health: {child.last_answer}"
                         await asyncio.sleep(POLL_S)
-                waiting_for = "the router's /health_generate"
+                waiting_for = "the router"
                 timeout = aiohttp.ClientTimeout(total=min(FIRST_REQUEST_DEADLINE_S, deadline_s))
                 headers = bearer(self.plan.api_key)
                 async with aiohttp.ClientSession(timeout=timeout, headers=headers) as session:
-                    while answer := await self._first_request(session):
-                        waiting_for = f"the router's /health_generate: {answer}"
+                    while obstacle := await self._obstacle(session):
+                        waiting_for = f"the router's {obstacle}"
                         await asyncio.sleep(POLL_S)
         except TimeoutError as error:
             raise StackError(f"not ready: {deadline_s:g} s have passed, still waiting for {waiting_for}") from error
 
-    async def _first_request(self, session: aiohttp.ClientSession) -> str:
-        """Send a real request; returns what is wrong with its answer, "" for nothing."""
-        try:
-            async with session.get(f"{self.url}/health_generate") as response:
-                text = await response.text(errors="replace")
-        except (aiohttp.ClientError, OSError) as error:
-            return type(error).__name__
-        return "" if response.status == 200 else f"{response.status} {text[:300]}"
+    async def _obstacle(self, session: aiohttp.ClientSession) -> str:
+        """Say why the router cannot serve yet: a worker that it does not know to be well, or a real request; "" for nothing."""
+        for path in ("/health", "/health_generate"):
+            try:
+                async with session.get(f"{self.url}{path}") as response:
+                    body = await response.read()
+            except (aiohttp.ClientError, OSError) as error:
+                return f"{path}: {type(error).__name__}"
+            if response.status != 200:
+                return f"{path}: {response.status} {body[:300].decode(errors='replace')}"
+            if path == "/health":
+                # It asks them now and then: the first requests would all go to the pair that it happens to ask first.
+                for worker in msgspec.json.decode(body, type=_RouterHealth).workers:
+                    if worker.status != "ok":
+                        return f"{path}: {worker.url}: {worker.status}"
+        return ""
 
 
 def make_stack(flags: list[str], *, roles: Roles | None = None, log_file: Path | None = None) -> Stack:

@@ -4,6 +4,7 @@ Its children are stand-ins that start in a moment; the real workers under it are
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -149,6 +150,15 @@ def test_a_stack_that_never_answers_is_given_up_at_the_deadline(checkpoint: Path
     code, out, log = Launcher(checkpoint, "--prefill.fault=unhealthy", "--startup-deadline-s=1").wait_exit()
     assert (code, out) == (1, "")
     assert "error: not ready: 1 s have passed, still waiting for prefill-0's /health: 500 unhealthy" in log
+
+
+def test_a_stack_is_not_ready_before_the_router_knows_all_workers(checkpoint: Path) -> None:
+    launcher = Launcher(checkpoint, "--prefill=2", "--router.seen=not asked yet", "--startup-deadline-s=5")
+    code, out, log = launcher.wait_exit()
+    assert (code, out) == (1, "")
+    assert re.search(
+        "error: not ready: 5 s have passed, still waiting for the router's /health: http.*: not asked", log
+    )
 
 
 def test_a_stack_can_be_run_by_a_test(checkpoint: Path) -> None:

@@ -27,7 +27,9 @@ class StubOptions(Struct, frozen=True, kw_only=True):
 class Health:
     """What /health answers. POST /misbehave?status=S&text=T&count=N changes the next N answers; GET /misbehaved counts those."""
 
-    def __init__(self, fault: str) -> None:
+    def __init__(self, fault: str, workers: list[str], seen: str) -> None:
+        self._workers = workers
+        self._seen = seen
         self._text = fault
         self._status = 500
         self._num_left = sys.maxsize if fault in ("sick", "unhealthy") else 0
@@ -43,7 +45,7 @@ class Health:
 
     async def answer(self, request: web.Request) -> web.Response:
         if self._num_left == 0:
-            return web.Response()
+            return web.json_response({"workers": [{"url": url, "status": self._seen} for url in self._workers]})
         self._num_left -= 1
         self._num_given += 1
         return web.Response(status=self._status, text=self._text)
@@ -62,6 +64,7 @@ class StubRouterOptions(Struct, frozen=True, kw_only=True):
     prefill: Annotated[tuple[tuple[str, int], ...], option("prefill worker", metavar=("URL", "BOOTSTRAP_PORT"))] = ()
     decode: Annotated[tuple[str, ...], option("decode worker")] = ()
     worker: Annotated[tuple[str, ...], option("aggregated worker")] = ()
+    seen: Annotated[str, option("what it says of each worker")] = "ok"
     policy: Annotated[Literal["random", "round_robin"], option("which pair")] = "random"
 
 
@@ -104,16 +107,15 @@ def main(argv: list[str]) -> int:
     """Serve until told to stop."""
     print("a line on stdout that must not reach the launcher's stdout")
     workers: list[str] = []
+    seen = "ok"
     stub = StubOptions()
     if any(word.startswith("--bootstrap-port") for word in argv):
         prefill = parse_config(StubPrefillConfig, argv, prog="stub", description="")
         server, stub = prefill.server, prefill.stub
     elif "--decode" in argv or "--worker" in argv:
         router = parse_config(StubRouterConfig, argv, prog="stub", description="")
-        server, workers = (
-            router.server,
-            [*(url for url, _ in router.router.prefill), *router.router.decode, *router.router.worker],
-        )
+        server, seen = router.server, router.router.seen
+        workers = [*(url for url, _ in router.router.prefill), *router.router.decode, *router.router.worker]
     else:
         decode = parse_config(StubDecodeConfig, argv, prog="stub", description="")
         server, stub = decode.server, decode.stub
@@ -124,7 +126,7 @@ def main(argv: list[str]) -> int:
 
     ensure_port_free(server.host, server.port)
     is_sick = bool(stub.sick_file) and Path(stub.sick_file).exists()
-    health = Health("sick" if is_sick else stub.fault)
+    health = Health("sick" if is_sick else stub.fault, workers, seen)
 
     async def health_generate(request: web.Request) -> web.Response:
         async with ClientSession() as session:
