@@ -126,6 +126,9 @@ class EngineOptions(Struct, frozen=True, kw_only=True):
         bool,
         option("take weight updates that a trainer has pickled; the pickle may name what makes tensors, and no more"),
     ] = False
+    enable_memory_saver: Annotated[
+        bool, option("give the device's memory back when a trainer asks for it, with /release_memory_occupation")
+    ] = True
     profile_folder: Annotated[
         str,
         option("folder for the traces of profiles; empty: one in the system's temporary folder", metavar="FOLDER"),

@@ -1,12 +1,11 @@
-"""Everything that crosses a process boundary, as frozen tagged structs: one union a channel.
+"""What a request is, how it is answered, and what a worker's frontend and engine say to each other: frozen structs.
 
     HTTP frontend  --FrontendToEngine-->  engine       over ZMQ, bulk bytes as an extra frame
     HTTP frontend  <--EngineToFrontend--  engine
-    decode engine  --DecodeToPrefill-->   prefill engine    over ZMQ; the KV pages themselves go by NIXL
-    decode engine  <--PrefillToDecode--   prefill engine
 
-Receivers `match` on the struct and end in `assert_never`. The module knows no socket and no encoding of rows; its
-neighbours are `common.wire` (sends these) and `common.protocol` (translates HTTP bodies to and from these).
+Receivers `match` on the tagged struct and end in `assert_never`. The module knows no socket and no encoding of rows; its
+neighbours are `common.wire` (sends these), `common.protocol` (translates HTTP bodies to and from these), `common.orders` (a
+trainer's orders, the rest of the unions) and `transfer.messages` (the same between decode and prefill engines).
 
 Ranges are half-open and absolute everywhere: P prompt tokens, G generated tokens, s = `routed_experts_start_len`.
 """
@@ -79,6 +78,8 @@ class RequestOptions(Struct, frozen=True, kw_only=True):
     """Whether its positions may be computed by weights of several versions."""
     resumed_tokens: int = 0
     """So many tokens at the prompt's end are output of earlier legs of this sample; text, stop strings and penalties count them."""
+    resumed_versions: tuple[str, ...] = ()
+    """The weights that those legs had; a request that may not mix versions goes on under no others."""
 
 
 class Bootstrap(Struct, frozen=True):
@@ -196,9 +197,6 @@ class Abort(Struct, frozen=True, tag=True):
 
 EndCause = Literal["requested", "retracted"]
 """Why a sample ends early with an answer: somebody wants no more of it, or it is to go on later, from its tokens alone."""
-
-RoomCode = Literal["leg_failed", "retracted"]
-"""What the other leg's error is called if a leg's end has closed its room."""
 
 
 class FinishNow(Struct, frozen=True, tag=True):
@@ -391,168 +389,3 @@ class CacheFlushed(Struct, frozen=True, tag=True):
 
 
 EngineToFrontend = EngineReady | Tokens | Finished | Failed | Stats | CacheFlushed | Beat | Done
-
-
-# ------------------------------------------------------------------------------------------------ decode -> prefill
-
-
-class ProcessMark(Struct, frozen=True, kw_only=True):
-    """Tells one process from all others that ever ran; by it others on the same host can see whether it is gone."""
-
-    boot_id: str
-    """Drawn anew by the kernel at every start of the host."""
-    network_namespace: int
-    """Where no two processes can listen at one address at a time."""
-    pid_namespace: int
-    pid: int
-    started_ticks: int
-    """When the process started, by its host's clock."""
-
-
-class PoolPart(Struct, frozen=True, kw_only=True):
-    """What one rank holds of its group's KV pool: some heads of every page, page after page from `base_address` on."""
-
-    agent: str
-    """What the rank's agent is called; the leader's name is that of the peer."""
-    agent_metadata: bytes
-    process: ProcessMark
-    base_address: int
-    device_id: int
-    first_head: int
-    num_heads: int
-
-
-class PoolInfo(Struct, frozen=True, kw_only=True):
-    """The KV pool of one side's attention group as the other side must see it. A page is spread over the group's ranks."""
-
-    num_pages: int
-    page_size: int
-    memory: Literal["DRAM", "VRAM"]
-    layout: str
-    """Says how a whole page is laid out, however many ranks share it."""
-    num_kv_heads: int
-    """Of the model."""
-    head_bytes: int
-    """One head's share of a page."""
-    parts: tuple[PoolPart, ...]
-    """By the ranks' places in the group."""
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page in all ranks together; a head that several of them hold counts as often."""
-        return sum(part.num_heads for part in self.parts) * self.head_bytes
-
-
-class Hello(Struct, frozen=True, tag=True, kw_only=True):
-    """First message of a decode worker to a prefill worker: who it is, and where its pages are."""
-
-    peer: str
-    protocol: int
-    pool: PoolInfo
-
-
-class Heartbeat(Struct, frozen=True, tag=True):
-    """The decode worker is alive, and still wants these rooms: it has asked for their KV, or will when there is a seat.
-
-    Renews their leases; answered by `HeartbeatReply`.
-    """
-
-    rooms: list[int]
-
-
-class KvRequest(Struct, frozen=True, tag=True, kw_only=True):
-    """Write the prompt's KV of `room`, from its page number `first_page` on, into these pages, in order.
-
-    Sent before or after the prefill leg itself arrives. The pages before `first_page` come with another sample's room.
-    """
-
-    to: str
-    """The peer that may write: another one at its address, after a restart, does nothing."""
-    room: int
-    generation: int
-    first_page: int = 0
-    pages: list[int]
-    prompt_tokens: int
-    prompt_digest: bytes
-
-
-class KvAbort(Struct, frozen=True, tag=True):
-    """Stop writing for this room; answered by `KvClosed` once no posted write is left. Sent until it is.
-
-    Generation 0 comes from a worker that never asked for the room: it wants no answer.
-    """
-
-    to: str
-    """The peer that was asked: the word of another one at its address would prove nothing."""
-    room: int
-    generation: int
-    code: RoomCode = "leg_failed"
-
-
-class Goodbye(Struct, frozen=True, tag=True):
-    """Nobody is behind this peer's id any more: its memory is given back, and it may be forgotten."""
-
-
-DecodeToPrefill = Hello | Heartbeat | KvRequest | KvAbort | Goodbye
-
-
-# ------------------------------------------------------------------------------------------------ prefill -> decode
-
-
-class HelloReply(Struct, frozen=True, tag=True, kw_only=True):
-    """The prefill worker's answer to `Hello`; `refusal` says why the two cannot be a pair."""
-
-    peer: str
-    processes: tuple[ProcessMark, ...]
-    """Those of all ranks that may write: of the one that answers first."""
-    dp: int = 1
-    """Attention groups of the worker; each listens at a port of its own, one after the other."""
-    refusal: str | None = None
-
-
-class HeartbeatReply(Struct, frozen=True, tag=True):
-    """The prefill worker is alive; also what it says to a message that was meant for somebody else."""
-
-    peer: str
-    is_paired: bool
-    """Whether it has a handshake with the worker that it answers."""
-
-
-class FirstToken(Struct, frozen=True, kw_only=True):
-    """The hand-over: the token that the prefill sampled at position P, with what the decode side needs to go on."""
-
-    token_id: int
-    logprob: float
-    top_logprobs: TopLogprobs = []
-
-
-class KvDone(Struct, frozen=True, tag=True, kw_only=True):
-    """All `num_writes` writes of the room have completed; the receiver counts their notifications too."""
-
-    room: int
-    generation: int
-    num_writes: int
-    write_seconds: float
-    """How long at least one of the writes was in progress."""
-    exposed_seconds: float
-    """How long the request waited for its KV: since the prefill's end, or since the peer's asking if that came later."""
-    first_token: FirstToken
-    prompt_versions: tuple[str, ...]
-    """Weights that have computed the prompt, in order; more than one if they were changed meanwhile."""
-
-
-class KvClosed(Struct, frozen=True, tag=True, kw_only=True):
-    """No write of this room is left or will come; the pages are the receiver's again.
-
-    `error` says why the room was closed, and `leg` on whose side; None answers an abort of a room that was not open to this peer.
-    """
-
-    room: int
-    generation: int
-    error: str | None = None
-    stage: str | None = None
-    code: str = "leg_failed"
-    leg: Leg = "prefill"
-
-
-PrefillToDecode = HelloReply | HeartbeatReply | KvDone | KvClosed

@@ -36,12 +36,16 @@ class WeightBroadcast(Struct, frozen=True, tag=True, kw_only=True):
     names: tuple[str, ...]
     dtypes: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    is_bucket: bool = False
+    """Whether all come in one broadcast, as bytes that lie end to end."""
 
 
 class PickledWeights(Struct, frozen=True, tag=True):
     """Named tensors as trainers pickle them: one file, or one for each rank."""
 
     paths: tuple[str, ...]
+    is_bucket: bool = False
+    """Whether each has one flat tensor with all of them in it."""
 
 
 WeightSource = WeightFiles | WeightBroadcast | PickledWeights

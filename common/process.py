@@ -25,8 +25,9 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from msgspec import Struct
+
 from common.errors import UsageError
-from common.messages import ProcessMark
 
 PARENT_PID_VARIABLE = "TANDEM_PARENT_PID"
 EXIT_USAGE = 2
@@ -96,6 +97,19 @@ def die_with_parent() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ who is alive
+
+
+class ProcessMark(Struct, frozen=True, kw_only=True):
+    """Tells one process from all others that ever ran; by it others on the same host can see whether it is gone."""
+
+    boot_id: str
+    """Drawn anew by the kernel at every start of the host."""
+    network_namespace: int
+    """Where no two processes can listen at one address at a time."""
+    pid_namespace: int
+    pid: int
+    started_ticks: int
+    """When the process started, by its host's clock."""
 
 
 def own_mark() -> ProcessMark:

@@ -194,7 +194,7 @@ class Generation:
 
     def fail_mixed(self, request: Request, weight_version: str) -> None:
         """Fail a sample that these weights would have to go on with, and may not; that is no leg's fault."""
-        error = MixedVersions((*request.versions, weight_version))
+        error = MixedVersions((*request.message.options.resumed_versions, *request.versions, weight_version))
         self.fail(request, ErrorReport.of(error, rid=request.rid))
 
     def leave(self, request: Request, *, is_retracted: bool = False) -> None:

@@ -24,7 +24,6 @@ from common.messages import (
     FinishNow,
     FlushCache,
     Generate,
-    RoomCode,
     Stats,
     StopAt,
 )
@@ -36,6 +35,7 @@ from decode_worker.scheduler import DecodeScheduler, Siblings
 from decode_worker.swap import SwapSpace
 from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
 from transfer.handshake import prompt_digest
+from transfer.messages import RoomCode
 
 
 class DecodeWorker:
@@ -156,7 +156,8 @@ class DecodeWorker:
             return
         request.prompt_versions = event.prompt_versions
         version = self._engine.weight_version
-        if not request.message.options.allow_mixed_versions and event.prompt_versions != (version,):
+        is_named = event.prompt_versions or request.message.options.allow_mixed_versions
+        if not (is_named and request.may_go_on_under(version)):
             self._generation.fail_mixed(request, version)
             return
         request.timings |= {

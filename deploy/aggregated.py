@@ -211,6 +211,10 @@ class AggregatedWorker:
             for request in siblings:
                 self._generation.finish(request, FinishReason(type="length", length=0))
             return
+        version = self._engine.weight_version
+        if not siblings[0].may_go_on_under(version):
+            self._generation.fail_mixed(siblings[0], version)
+            return
         for request in siblings:
             self._decode.start(request, computed_tokens=request.num_prompt_tokens)
             self._collector.begin(request, request.message.options.routed_experts_start_len, request.num_prompt_tokens)

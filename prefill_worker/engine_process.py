@@ -10,7 +10,6 @@ from common.engine.loop import serve, serve_follower
 from common.engine.mates import Mates
 from common.engine.rank_process import run_rank
 from common.ids import new_peer_id
-from common.messages import DecodeToPrefill, PrefillToDecode
 from common.process import run_main
 from common.wire import ControlListener, EngineChannel, engine_endpoint
 from prefill_worker.config import PrefillConfig
@@ -21,6 +20,7 @@ from transfer.config import read_secret
 from transfer.endpoint import Mailbox, TransferCounts, TransferThread
 from transfer.group import open_agent
 from transfer.hand import Hand, open_hand
+from transfer.messages import DecodeToPrefill, PrefillToDecode
 from transfer.sender import Sender
 
 

@@ -24,7 +24,6 @@ from common.messages import (
     Finished,
     FinishNow,
     FinishReason,
-    FirstToken,
     FlushCache,
     Generate,
     ReportedError,
@@ -39,6 +38,7 @@ from prefill_worker.flushes import Flushes
 from prefill_worker.scheduler import PrefillScheduler
 from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderMailbox
 from transfer.handshake import prompt_digest
+from transfer.messages import FirstToken
 from transfer.plan import complete_pages
 
 

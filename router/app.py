@@ -36,6 +36,8 @@ from router.workers_api import WorkersApi
 
 DRAIN: Final = web.AppKey("drain", Drain)
 """Under this key an application has its orderly end."""
+CHECKS: Final = web.AppKey("checks", HealthChecks)
+"""Under this key it has what watches its workers."""
 
 
 async def create_app(config: RouterConfig) -> web.Application:
@@ -71,9 +73,12 @@ async def create_app(config: RouterConfig) -> web.Application:
         await asyncio.wait([checking])
         await aborts.close()
         await session.close()
+        if not checking.cancelled():
+            checking.result()
 
     app = make_application(config.server)
     app[DRAIN] = drain
+    app[CHECKS] = checks
     app.cleanup_ctx.append(run_beside)
     app.router.add_post("/generate", intake.handler(generate.generate))
     app.router.add_post("/v1/completions", intake.handler(openai.completions))

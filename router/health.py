@@ -43,23 +43,28 @@ class HealthChecks:
     """The health checks of all workers; each is asked on its own, so that a slow one delays no other."""
 
     def __init__(self, session: aiohttp.ClientSession, membership: Membership, options: RouterOptions) -> None:
+        self.ended = asyncio.Event()
+        """Nobody is asked any more; a router that was not told to stop must not go on then."""
         self._session = session
         self._membership = membership
         self._options = options
 
     async def run(self) -> None:
         """Ask for ever, all workers that there are at the moment."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._pass_time())
-            watches: dict[Worker, asyncio.Task[None]] = {}
-            while True:
-                self._membership.changed.clear()
-                workers = set(self._membership.workers)
-                for worker in watches.keys() - workers:
-                    watches.pop(worker).cancel()
-                for worker in workers - watches.keys():
-                    watches[worker] = tasks.create_task(self._watch(worker))
-                await self._membership.changed.wait()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._pass_time())
+                watches: dict[Worker, asyncio.Task[None]] = {}
+                while True:
+                    self._membership.changed.clear()
+                    workers = set(self._membership.workers)
+                    for worker in watches.keys() - workers:
+                        watches.pop(worker).cancel()
+                    for worker in workers - watches.keys():
+                        watches[worker] = tasks.create_task(self._watch(worker))
+                    await self._membership.changed.wait()
+        finally:
+            self.ended.set()
 
     async def ask_unwell(self) -> None:
         """Ask the workers that are unhealthy once, now; one that does not answer in time is left as it was."""

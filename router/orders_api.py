@@ -24,6 +24,8 @@ _AS_THEY_COME: Final = (
     "/update_weights_from_distributed",
     "/destroy_weights_update_group",
     "/update_weight_version",
+    "/begin_weight_update",
+    "/end_weight_update",
     "/release_memory_occupation",
     "/resume_memory_occupation",
     "/start_profile",

@@ -18,7 +18,7 @@ from common.errors import LegFailed
 from common.messages import FinishReason
 from common.protocol.generate import Sample
 from common.protocol.replies import Reply
-from common.versions import cut
+from common.versions import cut, names
 from router.combine import Answer, Logprobs, joined_versions, merged_rows
 
 _NUM_SEEDS = 2**63
@@ -52,6 +52,7 @@ def continuation(sample: Sample, index: int, answer: Answer) -> Sample:
         logprob_start_len=-1,
         routed_experts_start_len=max(options.routed_experts_start_len, len(input_ids) - 1),
         resumed_tokens=options.resumed_tokens + num_tokens,
+        resumed_versions=tuple(dict.fromkeys((*options.resumed_versions, *names(answer.weight_versions)))),
     )
     return replace(alone, options=options, text=None, messages=None, chat_template_kwargs={}, input_ids=input_ids)
 

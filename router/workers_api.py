@@ -20,6 +20,8 @@ from router.drain import Drain
 from router.membership import Membership
 from router.worker import Worker
 
+_OTHER_NAMES: Final[dict[str, WorkerKind]] = {"regular": "aggregated"}
+"""What trainers call kinds of workers."""
 _MAX_LEASE_S: Final = 10.0**9
 _MAX_URL_CHARS: Final = 2048
 _MAX_INSTANCE_CHARS: Final = 128
@@ -56,7 +58,10 @@ class WorkersApi:
 
     async def workers(self, _: web.Request) -> web.Response:
         """List the workers: what each has to do, and whether it gets more."""
-        return web.json_response({"workers": [_entry(worker) for worker in self._membership.workers]})
+        workers = self._membership.workers
+        return web.json_response(
+            {"workers": [_entry(worker) for worker in workers], "urls": [worker.url for worker in workers]}
+        )
 
     async def join(self, request: web.Request) -> web.Response:
         """Take a worker in, for good or for `lease_s` seconds: 201, or 200 if it was there already."""
@@ -118,7 +123,8 @@ def _entry(worker: Worker) -> dict[str, object]:
 
 
 def _role(fields: Fields) -> WorkerKind:
-    role = as_string("worker_type", fields.values.get("worker_type"))
+    named = as_string("worker_type", fields.values.get("worker_type"))
+    role = _OTHER_NAMES.get(named, named)
     for kind in get_args(WorkerKind):
         if role == kind:
             return kind  # type: ignore[no-any-return]

@@ -18,9 +18,9 @@ from nixl import _api as nixl
 
 from common.errors import TransferError
 from common.memory.layout import PoolMemory
-from common.messages import PoolInfo, PoolPart
 from common.process import own_mark
 from transfer.heads import Piece, pieces_of
+from transfer.messages import PoolInfo, PoolPart
 
 log = logging.getLogger(__name__)
 

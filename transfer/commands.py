@@ -5,8 +5,9 @@ Neighbours: `prefill_worker.worker` and `sender`, `decode_worker.worker` and `re
 
 from msgspec import Struct
 
-from common.messages import ErrorReport, FirstToken, Leg, RoomCode
+from common.messages import ErrorReport, Leg
 from transfer.endpoint import Mailbox
+from transfer.messages import FirstToken, RoomCode
 
 # ------------------------------------------------------------------------------------------------ prefill: sender
 

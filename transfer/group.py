@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from common.errors import TransferError
 from common.memory.layout import PoolMemory
-from common.messages import PoolInfo, PoolPart
 from common.ranks import Rank
 from common.wire import RankLink
 from transfer.agent import NixlAgent, RankAgent, TransferAgent, Write, WriteState, describe
@@ -30,6 +29,7 @@ from transfer.hand import (
     WritePages,
 )
 from transfer.heads import pieces_of
+from transfer.messages import PoolInfo, PoolPart
 
 log = logging.getLogger(__name__)
 

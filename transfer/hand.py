@@ -14,11 +14,11 @@ from msgspec import Struct
 
 from common.errors import TransferError
 from common.memory.layout import PoolMemory
-from common.messages import PoolInfo, PoolPart
 from common.ranks import Rank
 from common.wire import RankLink
 from transfer.agent import NixlAgent, RankAgent, Write, WriteState
 from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S
+from transfer.messages import PoolInfo, PoolPart
 
 log = logging.getLogger(__name__)
 

@@ -5,12 +5,9 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from common.messages import Hello, HelloReply, PoolInfo, PoolPart
 from common.ranks import kv_heads_at
 from transfer.heads import can_split
-
-PROTOCOL = 5
-"""Version of the control messages; raised whenever one of them changes."""
+from transfer.messages import PROTOCOL, Hello, HelloReply, PoolInfo, PoolPart
 
 _MAX_ADDRESS = 2**63
 _MAX_AGENT_METADATA_BYTES = 2**20

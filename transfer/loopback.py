@@ -15,9 +15,9 @@ import torch
 
 from common.errors import TransferError
 from common.memory.layout import PoolMemory
-from common.messages import PoolInfo, PoolPart
 from common.process import own_mark
 from transfer.agent import Write, WriteState, describe
+from transfer.messages import PoolInfo, PoolPart
 
 Inbound = TypeVar("Inbound")
 Outbound = TypeVar("Outbound")

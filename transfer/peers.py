@@ -8,10 +8,10 @@ import logging
 from dataclasses import dataclass
 
 from common.errors import TransferError
-from common.messages import Hello, PoolInfo
 from common.process import is_gone
 from transfer.agent import TransferAgent
 from transfer.handshake import refusal_of
+from transfer.messages import Hello, PoolInfo
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,15 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 from common.errors import TransferError
-from common.messages import (
+from common.messages import ErrorReport, Leg
+from transfer.agent import TransferAgent
+from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
+from transfer.config import TransferOptions
+from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink, TransferCounts
+from transfer.handshake import is_sound
+from transfer.messages import (
+    PROTOCOL,
     DecodeToPrefill,
-    ErrorReport,
     HeartbeatReply,
     Hello,
     HelloReply,
@@ -26,15 +32,9 @@ from common.messages import (
     KvClosed,
     KvDone,
     KvRequest,
-    Leg,
     PrefillToDecode,
     RoomCode,
 )
-from transfer.agent import TransferAgent
-from transfer.commands import CancelKv, KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverMailbox, ReserveKv
-from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S, WATCH_S, DialingLink, TransferCounts
-from transfer.handshake import PROTOCOL, is_sound
 from transfer.plan import WriteTag
 from transfer.sources import Life, Source, Sources
 from transfer.state import ReceiverState, advance

@@ -26,7 +26,12 @@ from typing import NamedTuple, assert_never
 from common.errors import TransferError
 from common.ids import MAX_ROOM
 from common.memory.layout import num_pages_for
-from common.messages import (
+from common.messages import Leg
+from transfer.agent import TransferAgent, Write, WriteState
+from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderCommand, SenderMailbox
+from transfer.config import TransferOptions
+from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link, TransferCounts
+from transfer.messages import (
     DecodeToPrefill,
     Goodbye,
     Heartbeat,
@@ -37,13 +42,8 @@ from common.messages import (
     KvClosed,
     KvDone,
     KvRequest,
-    Leg,
     PrefillToDecode,
 )
-from transfer.agent import TransferAgent, Write, WriteState
-from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderCommand, SenderMailbox
-from transfer.config import TransferOptions
-from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link, TransferCounts
 from transfer.peers import Peer, Peers
 from transfer.plan import MAX_GENERATION, WriteTag
 from transfer.state import SenderState, advance

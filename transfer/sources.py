@@ -16,19 +16,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from common.errors import TransferError
-from common.messages import (
-    DecodeToPrefill,
-    Goodbye,
-    Heartbeat,
-    HeartbeatReply,
-    Hello,
-    HelloReply,
-    PrefillToDecode,
-    ProcessMark,
-)
-from common.process import is_gone
+from common.process import ProcessMark, is_gone
 from common.ranks import Ranks
 from transfer.endpoint import DialingLink
+from transfer.messages import DecodeToPrefill, Goodbye, Heartbeat, HeartbeatReply, Hello, HelloReply, PrefillToDecode
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ taken again. Neighbours: `common.engine.engine` (the leader, which gathers the v
 """
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import assert_never
 
@@ -148,13 +149,16 @@ class RankOrders:
                 group = self._groups.get(source.group)
                 if group is None:
                     raise UsageError(f"there is no group {source.group!r}")
-                return BroadcastWeights(announced(source.names, source.dtypes, source.shapes), group.receiver)
-            case PickledWeights(paths=paths):
+                headers = announced(source.names, source.dtypes, source.shapes)
+                in_bucket = partial(group.bucket_receiver, tuple(headers.values()))
+                return BroadcastWeights(headers, in_bucket if source.is_bucket else group.receiver)
+            case PickledWeights(paths=paths, is_bucket=is_bucket):
                 if len(paths) not in (1, self._rank.of.tp):
                     raise UsageError(
                         f"there are tensors for {len(paths)} ranks, and this worker has {self._rank.of.tp}"
                     )
-                return TensorWeights(read_pickled(Path(paths[self._rank.index % len(paths)])))
+                path = Path(paths[self._rank.index % len(paths)])
+                return TensorWeights(read_pickled(path, is_bucket=is_bucket))
 
     def _leave(self, name: str) -> bool:
         group = self._groups.pop(name, None)

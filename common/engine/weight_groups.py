@@ -12,6 +12,7 @@ Neighbour: `common.engine.orders` (who joins, and who receives).
 
 import socket
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any, Final
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from common.errors import UsageError
+from common.models.buckets import cut, num_bytes
 from common.models.weight_sources import Receive
 from common.models.weights import DTYPES, Header
 from common.orders import JoinWeightGroup
@@ -73,15 +75,28 @@ class WeightGroup:
         """
         return partial(self._receive, time.monotonic() + self._deadline_s)
 
+    def bucket_receiver(self, headers: Sequence[Header]) -> Receive:
+        """Begin an update whose tensors lie end to end in one broadcast of bytes, and wait for it; nothing is sent for none.
+
+        Returns what gives the next one. Raises RuntimeError (torch's own) if the trainer is gone, or late.
+        """
+        flat = torch.empty(sum(map(num_bytes, headers)), dtype=torch.uint8, device=self._device)
+        if headers:
+            self._fill(flat, time.monotonic() + self._deadline_s)
+        tensors = cut(flat, headers)
+        return lambda _: next(tensors)
+
     def _receive(self, ends_at: float, header: Header) -> torch.Tensor:
         tensor = torch.empty(header.shape, dtype=DTYPES[header.dtype], device=self._device)
+        # Backends need not know float8 numbers; bytes are bytes.
+        self._fill(tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor, ends_at)
+        return tensor
+
+    def _fill(self, tensor: torch.Tensor, ends_at: float) -> None:
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        # Backends need not know float8 numbers; bytes are bytes.
-        sent = tensor.view(torch.uint8) if tensor.dtype is torch.float8_e4m3fn else tensor
         left_s = max(0.001, ends_at - time.monotonic())
-        self._backend.broadcast([sent], options).wait(timedelta(seconds=left_s))
-        return tensor
+        self._backend.broadcast([tensor], options).wait(timedelta(seconds=left_s))
 
     def leave(self) -> None:
         """Leave; whoever waits in the group for this rank fails."""

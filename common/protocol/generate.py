@@ -238,6 +238,7 @@ def _options(fields: Fields, allow_mixed_versions: bool) -> RequestOptions:
         data_parallel_rank=_data_parallel_rank(fields.values.get("data_parallel_rank")),
         allow_mixed_versions=fields.boolean("allow_mixed_versions", allow_mixed_versions),
         resumed_tokens=fields.integer("resumed_tokens", 0, ge=0),
+        resumed_versions=_resumed_versions(fields.values.get("resumed_versions")),
     )
     # Without logprobs or rows, where they start means nothing, and a wrong start harms nobody.
     if wants_logprobs:
@@ -262,6 +263,15 @@ def _check_resumed(resumed_tokens: int, prompt_field: str, prompts: list[Prompt]
     num_tokens = min(map(len, prompts))
     if resumed_tokens >= num_tokens:
         raise RequestError("resumed_tokens", f"{resumed_tokens} leave no prompt of {num_tokens} input_ids")
+
+
+def _resumed_versions(value: object) -> tuple[str, ...]:
+    """Read which weights earlier legs had."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RequestError("resumed_versions", f"must be a list of strings, but is {kind_of(value)}")
+    return tuple(as_string("resumed_versions", version) for version in value)
 
 
 def _data_parallel_rank(value: object) -> int | None:

@@ -128,6 +128,7 @@ def encode_leg(sample: Sample, leg: Leg | None, *, rid: str, bootstrap: Bootstra
         "routed_experts_dtype": "auto",
         "allow_mixed_versions": options.allow_mixed_versions,
         "resumed_tokens": options.resumed_tokens,
+        "resumed_versions": options.resumed_versions,
         **_prompt_fields(sample),
     }
     if leg != "prefill":

@@ -161,7 +161,7 @@ class Request:
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """The weights that have computed what there is of it, in order."""
+        """The weights that have computed what there is of it here, in order."""
         return (*self.prompt_versions, *(version for _, version in self.version_changes))
 
     def is_all_of(self, weight_version: str) -> bool:
@@ -174,8 +174,10 @@ class Request:
         return self.message.options.resumed_tokens > 0
 
     def may_go_on_under(self, weight_version: str) -> bool:
-        """Whether these weights may compute the rest of it."""
-        return self.message.options.allow_mixed_versions or self.is_all_of(weight_version)
+        """Whether these weights may compute the rest of it, of which earlier legs may have computed a part elsewhere."""
+        options = self.message.options
+        is_theirs = all(version == weight_version for version in options.resumed_versions)
+        return options.allow_mixed_versions or (is_theirs and self.is_all_of(weight_version))
 
     @property
     def num_cacheable_tokens(self) -> int:

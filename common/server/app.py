@@ -84,7 +84,13 @@ class WorkerApp:
             max_bytes=server.max_weights_bytes,
             allow_pickled=options.allow_pickled_weights,
         )
-        occupation = Occupation(engine, self._updates, deadline_s=options.weights_deadline_s, leg=self._leg)
+        occupation = Occupation(
+            engine,
+            self._updates,
+            is_enabled=options.enable_memory_saver,
+            deadline_s=options.weights_deadline_s,
+            leg=self._leg,
+        )
         self._device_api = DeviceApi(
             kind,
             engine,
@@ -99,11 +105,11 @@ class WorkerApp:
             ready,
             model,
             self._updates,
-            occupation,
             self._admission,
             self._deadline,
             health_deadline_s=options.health_deadline_s,
             bootstrap_port=bootstrap_port,
+            enable_memory_saver=options.enable_memory_saver,
         )
 
     def application(self) -> web.Application:

@@ -27,7 +27,6 @@ from common.protocol.fields import Fields, decode_object
 from common.protocol.replies import Reply, encode_json
 from common.server.admission import Admission
 from common.server.engine_groups import EngineGroups, summed
-from common.server.occupation import Occupation
 from common.server.updates import Updates
 
 
@@ -44,23 +43,23 @@ class WorkerControl:
         ready: EngineReady,
         model: ModelOptions,
         updates: Updates,
-        occupation: Occupation,
         admission: Admission,
         deadline: Callable[[float | None], AbstractAsyncContextManager[None]],
         *,
         health_deadline_s: float,
         bootstrap_port: int | None,
+        enable_memory_saver: bool,
     ) -> None:
         self._kind: WorkerKind = kind
         self._engine = engine
         self._ready = ready
         self._model = model
         self._updates = updates
-        self._occupation = occupation
         self._admission = admission
         self._deadline = deadline
         self._health_deadline_s = health_deadline_s
         self._bootstrap_port = bootstrap_port
+        self._enable_memory_saver = enable_memory_saver
 
     def routes(self) -> list[web.RouteDef]:
         """All routes of this class."""
@@ -132,9 +131,10 @@ class WorkerControl:
                 "pp_size": 1,
                 "num_gpus": ranks.tp if ready.device.startswith("cuda") else 0,
                 "load_balance_method": "follow_bootstrap_room" if self._kind == "prefill" else "shortest_queue",
-                "prefill_round_robin_balance": False,
-                "enable_memory_saver": True,
-                "memory_released": self._occupation.released,
+                # A decode worker computes a prompt's attention group from its room, as the prefill worker does.
+                "prefill_round_robin_balance": self._kind == "decode",
+                "enable_memory_saver": self._enable_memory_saver,
+                "memory_released": self._updates.released,
                 "enable_return_routed_experts": True,
                 "paused": self._updates.is_paused,
                 "max_total_num_tokens": ready.kv_pool_tokens,

@@ -54,6 +54,11 @@ class EngineGroups:
         is_shut = self._broken is not None or self._shut is not None
         return not is_shut and all(engine.is_crowded for engine in self._engines)
 
+    @property
+    def num_open_samples(self) -> int:
+        """Those that have not ended, of all requests."""
+        return sum(engine.num_open_samples for engine in self._engines)
+
     async def ready(self) -> EngineReady:
         """Wait until every group can serve; the limits are the least of all, so that any request fits any group."""
         # Not by awaiting them one by one: that would cancel them with whoever waits here.

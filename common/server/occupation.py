@@ -1,11 +1,12 @@
 """A worker's device memory, given back while a trainer needs the device, and taken again.
 
-    release   no request comes in any more -> the open ones have ended -> all ranks give memory back
+    release   no request comes in any more -> none is open, and no transfer -> all ranks give memory back
     resume    all ranks take memory -> of the last kind: all warm up -> requests come in again
 
 Each step is taken by all ranks before the next begins: to warm up they meet. After a failure in the middle the memory counts as
-released, and resuming it again puts everything right. It knows no HTTP. Neighbours: `device_api` (the routes), `updates` (whose
-pause it needs, and beside which it does not run), `engine_groups` (the engine), `common.orders` (what it is told).
+released, and resuming it again puts everything right. A pause of generation is neither needed nor changed. It knows no HTTP.
+Neighbours: `device_api` (the routes), `updates` (knows what is released; it does not run beside them), `engine_groups` (the
+engine), `common.orders` (what it is told).
 """
 
 import logging
@@ -24,17 +25,19 @@ ALL_KINDS: Final[tuple[MemoryKind, ...]] = get_args(MemoryKind)
 
 _IDLE_S: Final = 5.0
 """How long requests that were told to end, and their transfers, may take for it."""
+_HOW_TO_END_THEM: Final = "pause generation with mode abort or retract"
 _UNNUMBERED: Final = 0
 
 
 class Occupation:
     """One worker's memory. All methods belong to one event loop, and run one at a time, inside of `Updates.reserved`."""
 
-    def __init__(self, engine: EngineGroups, updates: Updates, *, deadline_s: float, leg: Leg | None) -> None:
-        self.released: list[MemoryKind] = []
-        """What is given back, or was to be."""
+    def __init__(
+        self, engine: EngineGroups, updates: Updates, *, is_enabled: bool, deadline_s: float, leg: Leg | None
+    ) -> None:
         self._engine = engine
         self._updates = updates
+        self._is_enabled = is_enabled
         self._deadline_s = deadline_s
         self._leg: Leg | None = leg
 
@@ -43,24 +46,28 @@ class Occupation:
 
         Raises ReportedError: with status 400 nothing was given back, with 503 some of it.
         """
-        held = tuple(kind for kind in ALL_KINDS if kind in kinds and kind not in self.released)
+        updates = self._updates
+        if not self._is_enabled:
+            raise self._refusal("this worker was not started with --enable-memory-saver")
+        was_released = updates.released
+        held = tuple(kind for kind in ALL_KINDS if kind in kinds and kind not in was_released)
         if not held:
             return "nothing was left to release"
-        if not self._updates.is_paused:
-            raise self._refusal("pause generation first, with mode abort or retract")
-        was_released, self.released = self.released, [*self.released, *held]
-        self._engine.shut(self._report(f"memory is released: {', '.join(self.released)}"))
+        if self._engine.num_open_samples and not updates.is_paused:  # nobody may have told them to end
+            raise self._refusal(f"requests are open; {_HOW_TO_END_THEM}")
+        updates.released = [*was_released, *held]
+        self._engine.shut(self._report(f"memory is released: {', '.join(updates.released)}"))
         try:
             if error := await self._carry_out(AwaitIdle(_UNNUMBERED, _IDLE_S)):
-                raise self._refusal(f"{error}; pause generation with mode abort or retract")
+                raise self._refusal(f"{error}; {_HOW_TO_END_THEM}")
         except TandemError:
-            self.released = was_released
+            updates.released = was_released
             if not was_released:
                 self._engine.open()
             raise
         if error := await self._carry_out(ReleaseMemory(_UNNUMBERED, held)):
             raise ReportedError(self._report(f"not all memory could be released; resume it: {error}"))
-        log.info("memory is released: %s", ", ".join(self.released))
+        log.info("memory is released: %s", ", ".join(updates.released))
         return f"released: {', '.join(held)}"
 
     async def resume(self, kinds: Collection[MemoryKind]) -> str:
@@ -68,16 +75,17 @@ class Occupation:
 
         Raises ReportedError with status 503 if that has failed: it may be tried again.
         """
-        missing = tuple(kind for kind in self.released if kind in kinds)
+        released = self._updates.released
+        missing = tuple(kind for kind in released if kind in kinds)
         if not missing:
             return "nothing was released"
-        left = [kind for kind in self.released if kind not in missing]
+        left = [kind for kind in released if kind not in missing]
         error = await self._carry_out(ResumeMemory(_UNNUMBERED, missing))
         if not error and not left:
             error = await self._carry_out(WarmUp(_UNNUMBERED))
         if error:
             raise ReportedError(self._report(f"memory could not be resumed: {error}"))
-        self.released = left
+        self._updates.released = left
         if not left:
             self._engine.open()
         log.info("memory is resumed: %s", ", ".join(missing))

@@ -21,6 +21,7 @@ from common.orders import (
     JoinWeightGroup,
     LeaveWeightGroup,
     LoadWeights,
+    MemoryKind,
     Order,
     Pause,
     SetWeightVersion,
@@ -50,9 +51,12 @@ class Updates:
         """The folder that they were read from last."""
         self.is_paused = False
         """Whether the user has paused generation."""
+        self.released: list[MemoryKind] = []
+        """What memory is given back, or was to be. `Occupation` sees to it, and that no request comes in meanwhile."""
         self._engine = engine
         self._deadline_s = deadline_s
         self._leg: Leg | None = leg
+        self._broken: ErrorReport | None = None
         self._num_updates = 0
         """Counted alike by all workers that take the same ones, so that weights without a name get the same name everywhere."""
         self._is_reserved = False
@@ -135,7 +139,7 @@ class Updates:
     ) -> str:
         """Check a source on all ranks, then take it; returns what happened, in words. Without a version they get a new name.
 
-        A source that lacks some of the model's tensors is refused with `needs_all`, or if generation is not paused. Raises
+        A source that lacks some of the model's tensors is refused with `needs_all`, or if requests may come in between. Raises
         ReportedError: with status 400 nothing has changed, with 503 the weights are broken now.
         """
         version = f"unnamed-{self._num_updates + 1}" if weight_version is None else weight_version
@@ -145,7 +149,7 @@ class Updates:
             self._refuse(checked)
             if num_missing and needs_all:
                 raise self._error(400, f"{num_missing} of the model's tensors are missing", "weights_refused")
-            if num_missing and not self.is_paused:
+            if num_missing and not self._takes_parts:
                 message = f"{num_missing} of the model's tensors are missing; pause generation to change only some"
                 raise self._error(400, message, "weights_refused")
             try:
@@ -161,9 +165,28 @@ class Updates:
             if num_unsure:
                 self._break_down(f"{num_unsure} of the model's tensors are in doubt since an update failed")
                 return f"the tensors are loaded, and {num_unsure} others are in doubt still"
+            self._broken = None
             self._engine.mend()
         log.info("the weights are %r now", version)
         return "the weights are loaded"
+
+    def check_begin(self) -> None:
+        """Raise ReportedError with status 400 unless updates may come in parts now."""
+        if "weights" in self.released:
+            raise self._error(400, "the weights' memory is released; resume it first", "weights_refused")
+        if not self._takes_parts:
+            message = "pause generation first, or release memory: between parts no request may come in"
+            raise self._error(400, message, "weights_refused")
+
+    def check_end(self) -> None:
+        """Raise ReportedError with status 503 if some tensors are in doubt."""
+        if self._broken is not None:
+            raise ReportedError(self._broken)
+
+    @property
+    def _takes_parts(self) -> bool:
+        """Whether an update may have only some of the tensors, since nothing computes with a mixture of old and new ones."""
+        return self.is_paused or bool(self.released)
 
     async def rename(self, weight_version: str, *, abort_all: bool) -> str:
         """Call the present weights otherwise."""
@@ -197,6 +220,7 @@ class Updates:
     def _break_down(self, message: str) -> ErrorReport:
         log.error("%s", message)
         report = ErrorReport(status=503, message=message, code="weights_broken", leg=self._leg, stage="weights")
+        self._broken = report
         self._engine.break_down(report)
         return report
 

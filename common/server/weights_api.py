@@ -13,6 +13,7 @@ from aiohttp import web
 from common.errors import RequestError, TandemError
 from common.messages import ErrorReport, Leg
 from common.orders import JoinWeightGroup, PickledWeights, WeightBroadcast, WeightFiles, WeightSource
+from common.protocol.fields import Fields, decode_object
 from common.protocol.replies import Reply, encode_json, error_fields
 from common.server.updates import Updates
 from common.server.weights_bodies import (
@@ -66,6 +67,8 @@ class WeightsApi:
             "/init_weights_update_group": self._init_group,
             "/destroy_weights_update_group": self._destroy_group,
             "/update_weight_version": self._rename,
+            "/begin_weight_update": self._begin,
+            "/end_weight_update": self._end,
         }
         return [
             web.post("/pause_generation", self._pause),
@@ -97,6 +100,19 @@ class WeightsApi:
         return await self._updates.to_the_end(
             self._updates.rename(version, abort_all=asked.abort_all_requests is not False)
         )
+
+    # -------------------------------------------------------------------------------------------- around parts
+
+    async def _begin(self, request: web.Request) -> str:
+        selector = Fields(decode_object(await request.read() or b"{}")).string("selector", "all")
+        if selector != "all":
+            raise RequestError("selector", f'must be "all", but is "{selector[:40]}"')
+        self._updates.check_begin()
+        return "updates may come in parts"
+
+    async def _end(self, _: web.Request) -> str:
+        self._updates.check_end()
+        return "the weights are whole"
 
     # -------------------------------------------------------------------------------------------- groups
 
@@ -146,6 +162,7 @@ class WeightsApi:
             names=tuple(asked.names),
             dtypes=tuple(asked.dtypes),
             shapes=tuple(map(tuple, asked.shapes)),
+            is_bucket=asked.is_bucket,
         )
         return await self._updates.to_the_end(self._load(source, asked))
 
@@ -153,7 +170,7 @@ class WeightsApi:
         with ExitStack() as stack:
             async with receiving(request, max_bytes=self._max_bytes, deadline_s=self._deadline_s) as chunks:
                 if request.content_type == _BINARY:
-                    options = options_of(request)
+                    options: UpdateBody = options_of(request)
                     file = stack.enter_context(MemoryFile())
                     async for chunk in chunks:
                         file.write(chunk)
@@ -163,11 +180,12 @@ class WeightsApi:
                     raise RequestError("Content-Type", message)
                 else:
                     body = b"".join([chunk async for chunk in chunks])
-                    options, pickles = await asyncio.to_thread(pickles_of, body)
+                    asked, pickles = await asyncio.to_thread(pickles_of, body)
+                    options = asked
                     files = [stack.enter_context(MemoryFile()) for _ in pickles]
                     for file, pickled in zip(files, pickles, strict=True):
                         file.write(pickled)
-                    source = PickledWeights(tuple(file.path for file in files))
+                    source = PickledWeights(tuple(file.path for file in files), asked.is_bucket)
             kept = stack.pop_all()
 
         async def load() -> str:

@@ -35,16 +35,32 @@ class UpdateBody(Struct, kw_only=True):
     weight_version: str | None = None
     flush_cache: bool | None = None
     abort_all_requests: bool | None = None
+
+
+class FromFiles(UpdateBody, kw_only=True):
+    """What an update by safetensors may say."""
+
     load_format: Literal["auto"] | None = None
 
 
-class FromDisk(UpdateBody, kw_only=True):
+class FromTrainer(UpdateBody, kw_only=True):
+    """What an update by a trainer's own tensors may say."""
+
+    load_format: Literal["auto", "flattened_bucket"] | None = None
+
+    @property
+    def is_bucket(self) -> bool:
+        """Whether the tensors lie end to end in one."""
+        return self.load_format == "flattened_bucket"
+
+
+class FromDisk(FromFiles, kw_only=True):
     """Of /update_weights_from_disk: a folder that the worker can see."""
 
     model_path: str
 
 
-class FromDistributed(UpdateBody, kw_only=True):
+class FromDistributed(FromTrainer, kw_only=True):
     """Of /update_weights_from_distributed: what will be broadcast, in order; types as torch calls them."""
 
     names: list[str]
@@ -53,7 +69,7 @@ class FromDistributed(UpdateBody, kw_only=True):
     group_name: str = "weight_update_group"
 
 
-class FromPickles(UpdateBody, kw_only=True):
+class FromPickles(FromTrainer, kw_only=True):
     """Of /update_weights_from_tensor, in base64: one pickle, or one for each rank."""
 
     serialized_named_tensors: list[str]
@@ -124,16 +140,16 @@ def folder_of(path: str) -> Path:
     return folder
 
 
-def options_of(request: web.Request) -> UpdateBody:
+def options_of(request: web.Request) -> FromFiles:
     """The options of an update whose body is the tensors: they are in the query."""
     try:
-        return msgspec.convert(dict(request.query), UpdateBody, strict=False)
+        return msgspec.convert(dict(request.query), FromFiles, strict=False)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
         raise RequestError(where.rstrip("`") or "query", what) from error
 
 
-def pickles_of(body: bytes) -> tuple[UpdateBody, Sequence[bytes]]:
+def pickles_of(body: bytes) -> tuple[FromPickles, Sequence[bytes]]:
     """Takes long for large bodies. Raises RequestError."""
     asked = decode(body, FromPickles)
     try:

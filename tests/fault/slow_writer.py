@@ -12,7 +12,6 @@ import time
 import torch
 
 from common.memory.layout import KvLayout, PoolMemory
-from common.messages import DecodeToPrefill, FirstToken, KvRequest, PrefillToDecode
 from common.observability.logging import configure_logging
 from common.process import run_main
 from common.wire import ControlListener
@@ -20,6 +19,7 @@ from transfer.agent import NixlAgent, Write
 from transfer.commands import FinishRoom, OpenRoom, PagesReady, SenderMailbox
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox
+from transfer.messages import DecodeToPrefill, FirstToken, KvRequest, PrefillToDecode
 from transfer.sender import Sender
 
 PAGE_BYTES = 65536

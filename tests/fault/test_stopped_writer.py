@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from common.messages import DecodeToPrefill, PrefillToDecode
 from common.process import PARENT_PID_VARIABLE, free_port
 from common.wire import ControlDialer
 from tests.fault.slow_writer import INK, OPTIONS, PROMPT_PAGES, WRITES_BEFORE_THE_PAUSE, make_pool
@@ -21,6 +20,7 @@ from tests.support.processes import DEADLINE_S, REPOSITORY, end, read_line
 from transfer.agent import NixlAgent
 from transfer.commands import KvArrived, KvLost, PagesQuiet, ReceiveKv, ReceiverEvent
 from transfer.endpoint import Mailbox
+from transfer.messages import DecodeToPrefill, PrefillToDecode
 from transfer.receiver import Receiver
 
 BLANK, OTHER, NEW = 0x00, 0x11, 0x22

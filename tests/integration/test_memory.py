@@ -4,10 +4,12 @@ import asyncio
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save
 
 from common.engine.profiles import STEP
 from deploy.demo_model import write_demo_model
@@ -20,6 +22,7 @@ from tests.support.prompts import random_prompts
 SHAPE = "mixed"
 PROMPTS = [prompt for prompt in random_prompts(91, 24, longest=50) if len(prompt) > 1][:12]
 SPLITS = {"one-rank": [], "two-ranks": ["--prefill.tp=2"], "two-groups": ["--prefill.dp=2", "--prefill.ep"]}
+HALF = "/update_weights_from_tensor?weight_version=newer"
 FLAGS = [
     "--device=cpu",
     "--cpu-threads=1",
@@ -79,6 +82,17 @@ async def order(client: Client, path: str, **body: Any) -> dict[str, Any]:
     return dict(answer)
 
 
+async def flushed(worker: Client) -> None:
+    while (await worker.get("/flush_cache"))[0] != 200:
+        pass
+
+
+async def healthy(client: Client) -> None:
+    """Wait until the router has seen that all workers are."""
+    while not all(worker["healthy"] for worker in (await client.get("/workers"))[1]["workers"]):
+        pass
+
+
 async def healths(client: Client) -> list[tuple[int, str, list[str]]]:
     """What each worker says of itself."""
     said = []
@@ -95,8 +109,6 @@ async def test_a_trainer_takes_the_memory_and_gives_it_back(
     async with Client(stack.url) as client:
         judge_all(judge_of(SHAPE), await serve(client))
         before = await client.quiet_stats()
-        status, answer = await client.post({}, path="/release_memory_occupation")
-        assert (status, answer["success"]) == (400, False), "generation is not paused"
         await order(client, "/pause_generation", mode="retract")
         await order(client, "/release_memory_occupation")
         assert await healths(client) == [(503, "released", ["weights", "kv_cache"])] * 2
@@ -125,6 +137,64 @@ async def test_a_trainer_takes_the_memory_and_gives_it_back(
         await order(client, "/update_weights_from_disk", model_path=str(checkpoint_of(SHAPE)))
 
 
+async def test_an_idle_pair_needs_no_pause(
+    stack: Stack, checkpoint_of: Callable[[str], Path], judge_of: Callable[[str], Judge], newer: Path
+):
+    """Each worker is told by itself, as some trainers do it; and its weights come in two halves while its KV is away."""
+    tensors = load_file(newer / "model.safetensors")
+    names = list(tensors)
+    halves = [save({name: tensors[name] for name in part}) for part in (names[::2], names[1::2])]
+    async with Client(stack.url) as client, AsyncExitStack() as opened:
+        workers = [await opened.enter_async_context(Client(worker_url(stack, role))) for role in ("prefill", "decode")]
+        judge_all(judge_of(SHAPE), await serve(client))
+        for worker in workers:
+            status, answer = await worker.post(halves[0], path=HALF)
+            assert (status, "pause generation" in answer["message"]) == (400, True)
+            await flushed(worker)
+            await order(worker, "/release_memory_occupation")
+        assert await healths(client) == [(503, "released", ["weights", "kv_cache"])] * 2
+        for worker in workers:
+            status, answer = await worker.get("/health_generate")
+            assert (status, answer["error"]["code"]) == (503, "memory_released")
+            for path in ("/flush_cache", "/v1/loads", "/metrics", "/get_server_info"):
+                assert (await worker.get(path))[0] == 200
+            for path in ("/pause_generation", "/continue_generation", "/flush_cache"):
+                await order(worker, path)
+            status, answer = await worker.post(halves[0], path=HALF)
+            assert (status, "the weights' memory is released" in answer["message"]) == (400, True)
+            await order(worker, "/resume_memory_occupation", tags=["weights"])
+            for half in halves:
+                status, answer = await worker.post(half, path=HALF)
+                assert (status, answer["success"]) == (200, True), answer
+            await flushed(worker)
+        assert await healths(client) == [(503, "released", ["kv_cache"])] * 2
+        for worker in workers:
+            await order(worker, "/resume_memory_occupation", tags=["kv_cache", "cuda_graph"])
+        assert await healths(client) == [(200, "ok", [])] * 2
+        await healthy(client)
+        judge_all(Judge(newer), await serve(client))
+        await client.quiet_stats()
+        await order(client, "/update_weights_from_disk", model_path=str(checkpoint_of(SHAPE)))
+
+
+@pytest.mark.parametrize("paused", ["before", "between"])
+async def test_a_pause_outlives_the_release(stack: Stack, judge_of: Callable[[str], Judge], paused: str):
+    async with Client(stack.url) as client, Client(worker_url(stack, "decode")) as worker:
+        if paused == "before":
+            await order(worker, "/pause_generation")
+        await order(worker, "/release_memory_occupation", tags=["kv_cache"])
+        if paused == "between":
+            await order(worker, "/pause_generation")
+        await order(worker, "/resume_memory_occupation")
+        await healthy(client)
+        waiting = asyncio.create_task(serve(client))
+        while (await worker.get("/v1/loads"))[1]["queued_requests"] < len(PROMPTS):
+            assert not waiting.done()
+        assert (await worker.get("/v1/loads"))[1]["running_requests"] == 0
+        await order(worker, "/continue_generation")
+        judge_all(judge_of(SHAPE), await waiting)
+
+
 @pytest.mark.parametrize("roles", [["prefill"], ["decode"], ["prefill", "decode", "decode"]])
 async def test_one_worker_alone_is_back_as_after_a_restart(
     stack: Stack, judge_of: Callable[[str], Judge], roles: list[str]
@@ -144,6 +214,27 @@ async def test_one_worker_alone_is_back_as_after_a_restart(
             await order(client, "/continue_generation")
             judge_all(judge_of(SHAPE), await serve(client))
         await client.quiet_stats()
+
+
+async def test_while_a_request_runs_the_memory_stays(stack: Stack, judge_of: Callable[[str], Judge]):
+    body = body_of(PROMPTS[0])
+    body["sampling_params"]["max_new_tokens"] = 900
+    async with Client(stack.url) as client, Client(worker_url(stack, "decode")) as worker:
+        waiting = asyncio.create_task(client.generate(**body))
+        while (await worker.get("/v1/loads"))[1]["running_requests"] == 0:
+            assert not waiting.done()
+        status, answer = await worker.post({}, path="/release_memory_occupation")
+        assert (status, answer["error"]["code"]) == (400, "memory_refused")
+        assert (await worker.get("/health"))[0] == 200
+        assert not waiting.done()
+        await order(worker, "/abort_request", abort_all=True)
+        tally, reply = Tally(), await waiting
+        assert reply.meta["finish_reason"]["type"] == "abort"
+        judge_of(SHAPE).add(tally, PROMPTS[0], reply.output_ids, reply.rows)
+        tally.assert_clean()
+        await order(worker, "/release_memory_occupation")
+        await order(worker, "/resume_memory_occupation")
+        await healthy(client)
 
 
 async def test_while_a_request_is_open_the_memory_stays(stack: Stack, judge_of: Callable[[str], Judge]):

@@ -12,7 +12,6 @@ import torch
 from common.ids import new_peer_id
 from common.memory.device_block import DeviceBlock
 from common.memory.layout import KvLayout, PoolMemory
-from common.messages import DecodeToPrefill, FirstToken, PrefillToDecode
 from common.process import free_port
 from common.wire import ControlDialer, ControlListener
 from tests.support.processes import DEADLINE_S
@@ -29,6 +28,7 @@ from transfer.commands import (
 )
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox, TransferCounts, TransferThread
+from transfer.messages import DecodeToPrefill, FirstToken, PrefillToDecode
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 

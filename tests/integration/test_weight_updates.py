@@ -1,6 +1,7 @@
 """A worker of real processes whose weights change: from disk, from a body, by broadcasts; after each, transformers agrees."""
 
 import asyncio
+import base64
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.support.checkpoints import SHAPES, edit_tensors
 from tests.support.http_client import Client
 from tests.support.judge import Judge
 from tests.support.prompts import random_prompts
-from tests.support.trainer import Trainer, announcement
+from tests.support.trainer import Trainer, announcement, bytes_of, described, metadata_class, pickled_bucket
 
 SHAPE = "mixed"
 G = 6
@@ -50,6 +51,7 @@ def stack(
         "--kv-pool-tokens=2048",
         "--aggregated.weights-deadline-s=6",
         "--max-weights-bytes=8000000",
+        "--allow-pickled-weights",
         *SPLITS[str(request.param)],
     ]
     with running_stack(flags, log_file=tmp_path_factory.mktemp("stack") / "log") as running:
@@ -113,7 +115,39 @@ async def test_from_a_body(worker: Client, newer: dict[str, Path]):
     await check_serves(worker, Judge(path), "sent")
 
 
-async def test_from_a_trainer_s_broadcasts(stack: Stack, worker: Client, newer: dict[str, Path]):
+async def test_from_pickled_buckets(worker: Client, newer: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    """For each rank its own one, all tensors or two halves; one that is empty changes nothing."""
+    kind = metadata_class(monkeypatch)
+
+    async def send(tensors: dict[str, torch.Tensor], load_format: str = "flattened_bucket", **fields: str) -> Any:
+        bucket = pickled_bucket(kind, bytes_of(tensors.values()), described(tensors, as_bytes=True))
+        texts = [base64.b64encode(bucket).decode()] * 2
+        body = {"serialized_named_tensors": texts, "load_format": load_format, "flush_cache": False} | fields
+        async with worker.session.post(worker.url + "/update_weights_from_tensor", json=body) as response:
+            return response.status, await response.json()
+
+    tensors = tensors_of(newer["step-71"])
+    status, answer = await send(tensors, weight_version="whole")
+    assert (status, answer["success"]) == (200, True), answer
+    await check_serves(worker, Judge(newer["step-71"]), "whole")
+    for wrong in (send(tensors, "auto"), send(tensors | {HEAD: torch.ones(3)}), send({})):
+        status, answer = await wrong
+        assert (status, answer["success"], answer["error"]["code"]) == (400, False, "weights_refused"), answer
+    await check_serves(worker, Judge(newer["step-71"]), "whole")
+    tensors = tensors_of(newer["step-72"])
+    names = list(tensors)
+    await worker.post({"mode": "in_place"}, path="/pause_generation")
+    for part in (names[::2], [], names[1::2]):
+        status, answer = await send({name: tensors[name] for name in part}, weight_version="parts")
+        assert (status, answer["success"]) == (200, True), answer
+    await worker.post({}, path="/continue_generation")
+    await check_serves(worker, Judge(newer["step-72"]), "parts")
+
+
+@pytest.mark.parametrize("load_format", [None, "flattened_bucket"])
+async def test_from_a_trainer_s_broadcasts(
+    stack: Stack, worker: Client, newer: dict[str, Path], load_format: str | None
+):
     """All at once; then in two halves, for which generation must be paused."""
     port, first, second = free_port(), tensors_of(newer["step-71"]), tensors_of(newer["step-72"])
     group = {
@@ -127,8 +161,8 @@ async def test_from_a_trainer_s_broadcasts(stack: Stack, worker: Client, newer: 
     trainer, _ = await asyncio.gather(Trainer.meet(port, 3), updated(worker, "/init_weights_update_group", **group))
 
     async def broadcast(tensors: dict[str, torch.Tensor], version: str) -> None:
-        body = announcement(tensors, weight_version=version)
-        sending = asyncio.to_thread(trainer.broadcast, tensors)
+        body = announcement(tensors, weight_version=version, load_format=load_format)
+        sending = asyncio.to_thread(trainer.broadcast_bucket if load_format else trainer.broadcast, tensors)
         await asyncio.gather(sending, updated(worker, "/update_weights_from_distributed", **body))
 
     try:
@@ -136,12 +170,13 @@ async def test_from_a_trainer_s_broadcasts(stack: Stack, worker: Client, newer: 
         await check_serves(worker, Judge(newer["step-71"]), "first")
         names = list(second)
         halves = [{name: second[name] for name in part} for part in (names[::2], names[1::2])]
-        status, answer = await worker.post(announcement(halves[0]), path="/update_weights_from_distributed")
+        half = announcement(halves[0], load_format=load_format)
+        status, answer = await worker.post(half, path="/update_weights_from_distributed")
         assert (status, answer["success"]) == (400, False)
         assert "pause" in answer["message"]
         await worker.post({"mode": "in_place"}, path="/pause_generation")
-        for half in halves:
-            await broadcast(half, "second")
+        for tensors in halves:
+            await broadcast(tensors, "second")
         await worker.post({}, path="/continue_generation")
         await check_serves(worker, Judge(newer["step-72"]), "second")
     finally:
@@ -178,11 +213,6 @@ async def test_what_is_refused_changes_nothing(
         status, answer = await post_bytes(worker, data)
         assert (status, answer["success"]) == (400, False), answer
     assert (await post_bytes(worker, bytes(9_000_000)))[0] == 413
-    url, body = worker.url + "/update_weights_from_tensor", {"serialized_named_tensors": [""]}
-    async with worker.session.post(url, json=body) as response:
-        status, answer = response.status, await response.json()
-    assert (status, answer["success"]) == (400, False)
-    assert "--allow-pickled-weights" in answer["message"]
     await check_serves(worker, judge_of(SHAPE), "old")
 
 

@@ -15,7 +15,6 @@ import numpy.typing as npt
 
 from common.ids import new_peer_id
 from common.memory.layout import KvLayout, PoolMemory
-from common.messages import DecodeToPrefill, FirstToken, PrefillToDecode
 from common.observability.logging import configure_logging
 from common.process import run_main
 from common.ranks import Rank, Ranks
@@ -25,6 +24,7 @@ from transfer.config import TransferOptions
 from transfer.endpoint import Endpoint, Mailbox, TransferThread
 from transfer.group import open_agent
 from transfer.hand import open_hand
+from transfer.messages import DecodeToPrefill, FirstToken, PrefillToDecode
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 

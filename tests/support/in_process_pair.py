@@ -12,16 +12,7 @@ from common.config import EngineOptions, ModelOptions
 from common.engine.build import EngineParts, build_engine
 from common.engine.engine import Engine
 from common.engine.loop import Loop, Role
-from common.messages import (
-    Abort,
-    Bootstrap,
-    DecodeToPrefill,
-    Generate,
-    PrefillToDecode,
-    RequestOptions,
-    RowHeader,
-    SamplingParams,
-)
+from common.messages import Abort, Bootstrap, Generate, RequestOptions, RowHeader, SamplingParams
 from common.routed_experts.spec import rows_of
 from decode_worker.worker import DecodeWorker
 from prefill_worker.config import PrefillOptions
@@ -31,6 +22,7 @@ from tests.support.recorder import Leg, Recorder
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox
 from transfer.loopback import FaultPolicy, LoopbackAgent, LoopbackLink, LoopbackNetwork, no_faults
+from transfer.messages import DecodeToPrefill, PrefillToDecode
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 

@@ -12,6 +12,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from unittest.mock import patch
 
 os.environ["TRITON_INTERPRET"] = "1"
@@ -352,19 +353,28 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def main() -> int:
-    """Run all checks and print what came of each."""
+def prepare() -> None:
+    """Make a process ready for checks, which run side by side, each on one core."""
     interpreter._convert_float = convert_float
+    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)  # which also fills fresh memory
     assert torch.empty(1).isnan().all(), "fresh memory is not poisoned"
-    results: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        torch.manual_seed(0)
-        try:
-            check()
-            results[name] = None
-        except Exception:  # noqa: BLE001  whatever goes wrong is the check's result
-            results[name] = traceback.format_exc()
+
+
+def run(name: str) -> str | None:
+    """Run a check; returns what went wrong."""
+    torch.manual_seed(0)
+    try:
+        CHECKS[name]()
+    except Exception:  # noqa: BLE001  whatever goes wrong is the check's result
+        return traceback.format_exc()
+    return None
+
+
+def main() -> int:
+    """Run all checks and print what came of each."""
+    with ProcessPoolExecutor(initializer=prepare) as pool:
+        results = dict(zip(CHECKS, pool.map(run, CHECKS), strict=True))
     print(json.dumps(results))
     return 0
 

@@ -47,6 +47,8 @@ ORDERS = (
     "/init_weights_update_group",
     "/destroy_weights_update_group",
     "/update_weight_version",
+    "/begin_weight_update",
+    "/end_weight_update",
     "/release_memory_occupation",
     "/resume_memory_occupation",
     "/start_profile",

@@ -1,10 +1,17 @@
-"""A trainer's end of a weight update: rank 0 of a process group, made as trainers make it, in a thread of the test."""
+"""A trainer's end of a weight update: rank 0 of a process group, made as trainers make it, in a thread of the test; and pickles of
+flattened buckets.
+"""
 
 import asyncio
-from collections.abc import Mapping
+import pickle
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import make_dataclass
 from datetime import timedelta
-from typing import Any
+from types import ModuleType
+from typing import Any, Final
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import (
@@ -16,6 +23,9 @@ from torch.distributed.distributed_c10d import (
 from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(seconds=60)
+PLACES: Final = ("sglang.srt.weight_sync.tensor_bucket", "sglang.srt.model_executor.model_runner")
+"""Modules that have had the metadata's class."""
+FIELDS: Final = ("name", "shape", "dtype", "start_idx", "end_idx", "numel")
 
 
 class Trainer:
@@ -41,10 +51,19 @@ class Trainer:
         for tensor in tensors.values():
             dist.broadcast(tensor, src=0, group=self._group)
 
+    def broadcast_bucket(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Send all at once, as bytes that lie end to end."""
+        dist.broadcast(bytes_of(tensors.values()), src=0, group=self._group)
+
     def leave(self) -> None:
         """Close this end."""
         dist.destroy_process_group(self._group)
         del self._group
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The bytes of all, in one flat tensor."""
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *(tensor.flatten().view(torch.uint8) for tensor in tensors)])
 
 
 def announcement(tensors: Mapping[str, torch.Tensor], **fields: Any) -> dict[str, Any]:
@@ -56,3 +75,32 @@ def announcement(tensors: Mapping[str, torch.Tensor], **fields: Any) -> dict[str
         "group_name": "g",
         **fields,
     }
+
+
+def metadata_class(
+    monkeypatch: pytest.MonkeyPatch, place: str = PLACES[0], name: str = "FlattenedTensorMetadata"
+) -> type:
+    """A class of a trainer's, which for the time of the test is where a pickle says."""
+    kind = make_dataclass(name, FIELDS)
+    kind.__module__ = place
+    module = ModuleType(place)
+    setattr(module, name, kind)
+    monkeypatch.setitem(sys.modules, "sglang", ModuleType("sglang"))
+    monkeypatch.setitem(sys.modules, place, module)
+    return kind
+
+
+def described(tensors: Mapping[str, torch.Tensor], *, as_bytes: bool) -> list[dict[str, Any]]:
+    """What a trainer says of the tensors of a bucket, which is of bytes or of their common dtype."""
+    said: list[dict[str, Any]] = []
+    end = 0
+    for name, tensor in tensors.items():
+        numel = tensor.numel() * (tensor.element_size() if as_bytes else 1)
+        said.append(dict(zip(FIELDS, (name, tensor.shape, tensor.dtype, end, end + numel, numel), strict=True)))
+        end += numel
+    return said
+
+
+def pickled_bucket(kind: type, flat: object, said: list[dict[str, Any]], protocol: int = 4) -> bytes:
+    """A bucket, as a trainer pickles it."""
+    return pickle.dumps({"flattened_tensor": flat, "metadata": [kind(**each) for each in said]}, protocol)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from common.memory.layout import KvLayout, PoolMemory
-from common.messages import FirstToken
 from tests.support.in_process_pair import DECODE, PREFILL, nothing
 from transfer.commands import FinishRoom, KvArrived, OpenRoom, PagesReady, ReceiveKv
 from transfer.config import TransferOptions
 from transfer.endpoint import Mailbox
 from transfer.loopback import Fault, FaultPolicy, LoopbackAgent, LoopbackLink, LoopbackNetwork, no_faults
+from transfer.messages import FirstToken
 from transfer.receiver import Receiver
 from transfer.sender import Sender
 

@@ -8,11 +8,11 @@ import pytest
 from msgspec.structs import replace
 
 from common.errors import TransferError
-from common.messages import PoolInfo, PoolPart
 from common.process import own_mark
 from common.ranks import kv_heads_at
 from tests.support.transfer_bench import LAYOUT, MEMORY
 from transfer.agent import NixlAgent, WriteState, describe
+from transfer.messages import PoolInfo, PoolPart
 
 NUM_HEADS = 4
 HEAD_BYTES = LAYOUT.head_bytes

@@ -1,4 +1,4 @@
-"""Memory and profiles over an engine that the test plays: what it is told, in which order, and what is answered."""
+"""Memory, updates meanwhile, and profiles, over an engine that the test plays: what it is told, and what is answered."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -10,13 +10,24 @@ import pytest
 from msgspec.structs import replace
 
 from common.config import EngineOptions
-from common.messages import FrontendToEngine, GetStats
-from common.orders import AwaitIdle, Done, Order, Pause, ReleaseMemory, ResumeMemory, StartProfile, StopProfile, WarmUp
+from common.messages import FrontendToEngine, Generate, GetStats
+from common.orders import (
+    AwaitIdle,
+    CheckWeights,
+    Done,
+    LoadWeights,
+    Order,
+    ReleaseMemory,
+    ResumeMemory,
+    StartProfile,
+    StopProfile,
+    WarmUp,
+)
 from tests.support.processes import until
 from tests.support.scripted_worker import STATS, ScriptedEngine, Worker, scripted_worker
 
 RELEASE, RESUME = "/release_memory_occupation", "/resume_memory_occupation"
-OUR_ORDERS = AwaitIdle | ReleaseMemory | ResumeMemory | WarmUp | StartProfile | StopProfile
+OUR_ORDERS = AwaitIdle | ReleaseMemory | ResumeMemory | WarmUp | LoadWeights | StartProfile | StopProfile
 WORDS = [5, 6]
 
 
@@ -28,6 +39,7 @@ class Played:
         self.told: list[list[Order]] = [[] for _ in worker.engines]
         self.errors: dict[type, list[str | None]] = {}
         """One for each group."""
+        self.num_left: dict[type, int] = {}
         self.hangs: type | None = None
         """Orders of this type are not answered."""
         for group, engine in enumerate(worker.engines):
@@ -37,13 +49,13 @@ class Played:
         def on_message(message: FrontendToEngine) -> None:
             if isinstance(message, GetStats):
                 engine.answer(replace(STATS, serial=message.serial))
-            elif isinstance(message, OUR_ORDERS):
-                self.told[group].append(message)
-                if type(message) is not self.hangs:
-                    error = self.errors.get(type(message), [None] * len(self.told))[group]
-                    engine.answer(Done(serial=message.serial, error=error))
-            elif isinstance(message, Pause):
-                engine.answer(Done(serial=message.serial))
+            elif isinstance(message, Order):
+                kind = type(message)
+                if isinstance(message, OUR_ORDERS):
+                    self.told[group].append(message)
+                if kind is not self.hangs:
+                    error = self.errors.get(kind, [None] * len(self.told))[group]
+                    engine.answer(Done(serial=message.serial, error=error, num_left=self.num_left.get(kind, 0)))
 
         engine.on_message = on_message
 
@@ -84,10 +96,15 @@ async def played(**options: Any) -> AsyncIterator[Played]:
         yield Played(worker)
 
 
-async def served(worker: Worker) -> bool:
-    asking = asyncio.create_task(worker.post(input_ids=[1, 2]))
-    worker.engine.finish(await worker.engine.next_generate(), WORDS)
-    return (await asking)[0] == 200
+@asynccontextmanager
+async def asked(worker: Worker) -> AsyncIterator[Generate]:
+    """A request that the first engine has; it is finished, and answered well."""
+    asking = asyncio.create_task(worker.post(input_ids=[1, 2], data_parallel_rank=0))
+    while not isinstance(request := await worker.engine.next(), Generate):
+        pass
+    yield request
+    worker.engine.finish(request, WORDS)
+    assert (await asking)[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -139,13 +156,73 @@ async def test_a_tag_that_is_not_known_is_named():
         assert engine.kinds_told() == []
 
 
-async def test_without_a_pause_nothing_is_released():
+async def test_an_idle_worker_needs_no_pause():
     async with played() as engine:
-        status, answer = await engine.worker.post(RELEASE)
-        assert (status, answer["error"]["code"]) == (400, "memory_refused")
-        assert "pause generation first, with mode abort or retract" in answer["message"]
-        assert engine.kinds_told() == []
-        assert await engine.state() == (200, "ok", [], 0)
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        assert engine.kinds_told() == ["AwaitIdle", "ReleaseMemory(weights, kv_cache)"]
+        assert await engine.state() == (503, "released", ["weights", "kv_cache"], 503)
+        status, answer = await engine.worker.get("/health_generate")
+        assert (status, answer["error"]["code"]) == (503, "memory_released")
+        assert (await engine.worker.post(RESUME))[0] == 200
+        async with asked(engine.worker):
+            pass
+
+
+async def test_of_a_busy_worker_nothing_is_released_and_it_goes_on():
+    """Nobody has told its requests to end, so nobody waits for it."""
+    async with played() as engine:
+        async with asked(engine.worker):
+            status, answer = await engine.worker.post(RELEASE)
+            assert (status, answer["error"]["code"]) == (400, "memory_refused")
+            assert "pause generation with mode abort or retract" in answer["message"]
+            assert engine.kinds_told() == []
+            assert await engine.state() == (200, "ok", [], 0)
+        assert (await engine.worker.post(RELEASE))[0] == 200
+
+
+async def test_requests_that_a_pause_has_ended_are_waited_for():
+    async with played() as engine:
+        async with asked(engine.worker):
+            await engine.pause()
+            assert (await engine.worker.post(RELEASE))[0] == 200
+        assert engine.kinds_told() == ["AwaitIdle", "ReleaseMemory(weights, kv_cache)"]
+
+
+@pytest.mark.parametrize("tags", [None, ["kv_cache"], ["cuda_graph"], []])
+async def test_a_worker_may_keep_its_memory_for_itself(tags: list[str] | None):
+    for is_enabled in (True, False):
+        async with played(enable_memory_saver=is_enabled) as engine:
+            assert (await engine.worker.get("/server_info"))[1]["enable_memory_saver"] is is_enabled
+            status, answer = await engine.worker.post(RELEASE, tags=tags)
+            if not is_enabled:
+                assert (status, answer["error"]["code"]) == (400, "memory_refused")
+                assert "--enable-memory-saver" in answer["message"]
+                assert engine.kinds_told() == []
+                assert await engine.state() == (200, "ok", [], 0)
+            assert (await engine.worker.post(RESUME, tags=tags))[0] == 200
+
+
+@pytest.mark.parametrize("when", ["before", "between"])
+async def test_a_pause_outlives_the_release(when: str):
+    """And neither it nor its end is kept from a worker whose memory is away."""
+    async with played() as engine:
+
+        async def is_paused() -> bool:
+            return bool((await engine.worker.get("/server_info"))[1]["paused"])
+
+        if when == "before":
+            await engine.pause()
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        await engine.pause()
+        assert await is_paused()
+        assert (await engine.worker.post(RESUME))[0] == 200
+        assert await is_paused()
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        assert (await engine.worker.post("/continue_generation"))[0] == 200
+        assert not await is_paused()
+        assert (await engine.worker.post(RESUME))[0] == 200
+        async with asked(engine.worker):
+            pass
 
 
 async def test_while_requests_are_open_nothing_is_released():
@@ -198,6 +275,95 @@ async def test_weights_may_be_away_or_broken_or_both():
         assert (await engine.worker.get("/health"))[0] == 503
         assert (await engine.worker.post(RESUME))[0] == 200
         assert (await engine.worker.get("/health"))[0] == 200
+
+
+# ------------------------------------------------------------------------------------------------ updates in parts
+
+
+async def update(engine: Played) -> tuple[int, Any]:
+    """Send some of the tensors."""
+    part: dict[str, Any] = {"names": ["n"], "dtypes": ["bfloat16"], "shapes": [[2]], "group_name": "g"}
+    return await engine.worker.post("/update_weights_from_distributed", **part)
+
+
+async def begin(engine: Played, **body: Any) -> tuple[int, Any]:
+    return await engine.worker.post("/begin_weight_update", **body)
+
+
+async def end(engine: Played) -> tuple[int, Any]:
+    return await engine.worker.post("/end_weight_update")
+
+
+async def test_parts_are_taken_while_no_request_can_come_in():
+    async with played() as engine:
+        engine.num_left = {CheckWeights: 3}
+
+        async def check_refused(words: str) -> None:
+            for status, answer in (await begin(engine, selector="all"), await update(engine)):
+                assert (status, answer["success"], answer["error"]["code"]) == (400, False, "weights_refused")
+                assert words in answer["message"]
+
+        async def check_taken() -> None:
+            for status, answer in (await begin(engine, selector="all"), await update(engine), await end(engine)):
+                assert (status, answer["success"]) == (200, True), answer
+
+        await check_refused("pause generation")
+        assert (await engine.worker.post(RELEASE, tags=["kv_cache"]))[0] == 200
+        await check_taken()
+        await check_taken()
+        assert (await engine.worker.post(RESUME))[0] == 200
+        await check_refused("pause generation")
+        await engine.pause()
+        await check_taken()
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        engine.errors[CheckWeights] = ["the weights' memory is released; resume it first"] * 2  # a rank knows best
+        await check_refused("the weights' memory is released; resume it first")
+        assert (await engine.worker.post(RESUME, tags=["weights"]))[0] == 200
+        engine.errors.clear()
+        await check_taken()
+
+
+async def test_an_update_ends_well_when_no_tensor_is_in_doubt():
+    async with played() as engine:
+        assert (await engine.worker.post(RELEASE, tags=["kv_cache"]))[0] == 200
+        engine.errors[LoadWeights] = [None, "rank 1: gone"]
+        assert (await update(engine))[0] == 503
+        assert (await begin(engine))[0] == 200, "they can be mended"
+        status, answer = await end(engine)
+        assert (status, answer["success"], answer["error"]["code"]) == (503, False, "weights_broken")
+        assert "rank 1: gone" in answer["message"]
+        engine.errors.clear()
+        engine.num_left = {LoadWeights: 2}
+        assert (await update(engine))[0] == 200
+        status, answer = await end(engine)
+        assert (status, answer["success"]) == (503, False)
+        assert "2 of the model's tensors are in doubt" in answer["message"]
+        engine.num_left = {}
+        assert (await update(engine))[0] == 200
+        assert (await end(engine))[0] == 200
+
+
+@pytest.mark.parametrize("selector", ["draft", "", 1])
+async def test_what_an_update_is_of_is_everything(selector: object):
+    async with played() as engine:
+        await engine.pause()
+        status, answer = await begin(engine, selector=selector)
+        assert (status, answer["success"], answer["error"]["code"]) == (400, False, "invalid_request")
+        assert answer["message"].startswith("selector: ")
+        assert (await begin(engine, selector=None))[0] == 200
+
+
+async def test_while_a_part_is_taken_the_update_neither_begins_nor_ends():
+    async with played() as engine:
+        await engine.pause()
+        engine.hangs = LoadWeights
+        updating = asyncio.create_task(update(engine))
+        await until(lambda: any(engine.told[1]))
+        assert [(await begin(engine))[0], (await end(engine))[0]] == [409, 409]
+        for group, scripted in enumerate(engine.worker.engines):
+            scripted.answer(Done(serial=engine.told[group][-1].serial))
+        assert (await updating)[0] == 200
+        assert (await end(engine))[0] == 200
 
 
 # ------------------------------------------------------------------------------------------------ profiles

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from common.messages import FirstToken, Heartbeat
 from tests.support.in_process_pair import DECODE, PREFILL, nothing
 from tests.support.transfer_bench import MEMORY, OPTIONS, Bench, NotedLink
 from transfer.commands import (
@@ -21,6 +20,7 @@ from transfer.commands import (
 )
 from transfer.endpoint import Mailbox
 from transfer.loopback import LoopbackAgent
+from transfer.messages import FirstToken, Heartbeat
 from transfer.sender import Sender
 
 DP = 3

@@ -25,6 +25,7 @@ from common.messages import (
     RequestOptions,
     Shutdown,
     StopAt,
+    WorkerKind,
 )
 from common.ranks import Ranks
 from common.server.engine_client import Ended, EngineClient
@@ -112,6 +113,7 @@ async def test_the_group_with_the_fewest_open_samples_takes_a_request_and_equals
             assert isinstance(message, Generate)
             assert group == expected, f"loads {loads}, turns {last_turn}"
             open_samples[rid], last_turn[group] = (group, num_samples), turn
+            assert groups.all.num_open_samples == sum(left for _, left in open_samples.values())
             how = rng.choice(["runs on", "ends in part", "fails"])
             if how == "ends in part" and num_samples > 1:
                 groups.engines[group].finish(message, [1])
@@ -128,7 +130,7 @@ async def test_the_group_with_the_fewest_open_samples_takes_a_request_and_equals
             groups.sent()
     for stack in contexts.values():
         await stack.aclose()
-    assert [client.num_open_samples for client in groups.all._engines] == [0] * num_groups
+    assert groups.all.num_open_samples == 0
 
 
 async def test_a_prefill_worker_goes_by_the_first_room_however_loaded(groups_of: Callable[..., Groups]):
@@ -336,6 +338,25 @@ async def test_a_worker_s_health_and_account_tell_of_its_groups():
             engine.answer(replace(STATS, serial=question.serial))
         _, info = await asking
     assert (info["tp_size"], info["dp_size"], info["ep"], info["ep_size"], info["pp_size"]) == (4, 2, True, 4, 1)
-    assert (info["num_gpus"], info["load_balance_method"]) == (0, "follow_bootstrap_room")
+    assert info["num_gpus"] == 0
     assert info["max_total_num_tokens"] == READY.kv_pool_tokens
     assert info["stats"]["pages"]["total"] == 2 * STATS.pages.total
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "method", "is_told_by_room"),
+    [
+        ("prefill", "prefill", "follow_bootstrap_room", False),
+        ("decode", "decode", "shortest_queue", True),
+        ("aggregated", "null", "shortest_queue", False),
+    ],
+)
+async def test_who_chooses_a_prompt_s_group_is_told(kind: WorkerKind, mode: str, method: str, is_told_by_room: bool):
+    async with scripted_worker(kind) as worker:
+        asking = asyncio.create_task(worker.get("/get_server_info"))
+        question = await worker.engine.next()
+        assert isinstance(question, GetStats)
+        worker.engine.answer(replace(STATS, serial=question.serial))
+        _, info = await asking
+    assert (info["disaggregation_mode"], info["load_balance_method"]) == (mode, method)
+    assert info["prefill_round_robin_balance"] is is_told_by_room

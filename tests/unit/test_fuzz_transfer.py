@@ -14,7 +14,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from common.messages import (
+from common.process import ProcessMark, own_mark
+from tests.support.hostile import STABLE
+from tests.support.in_process_pair import DECODE, PREFILL
+from tests.support.transfer_bench import MEMORY, OPTIONS, Bench, NotedLink, delay_writes
+from transfer.agent import describe
+from transfer.commands import CancelKv, CancelRoom, KvArrived, KvLost, PagesQuiet, RoomClosed
+from transfer.handshake import is_sound
+from transfer.loopback import LoopbackAgent, no_faults
+from transfer.messages import (
+    PROTOCOL,
     FirstToken,
     Heartbeat,
     HeartbeatReply,
@@ -26,16 +35,7 @@ from common.messages import (
     KvRequest,
     PoolInfo,
     PoolPart,
-    ProcessMark,
 )
-from common.process import own_mark
-from tests.support.hostile import STABLE
-from tests.support.in_process_pair import DECODE, PREFILL
-from tests.support.transfer_bench import MEMORY, OPTIONS, Bench, NotedLink, delay_writes
-from transfer.agent import describe
-from transfer.commands import CancelKv, CancelRoom, KvArrived, KvLost, PagesQuiet, RoomClosed
-from transfer.handshake import PROTOCOL, is_sound
-from transfer.loopback import LoopbackAgent, no_faults
 
 STRANGER = "stranger"
 OFFERED = [5, 6, 7]

@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import TransferError
-from common.messages import DecodeToPrefill, EngineToFrontend, FrontendToEngine, PrefillToDecode
+from common.messages import EngineToFrontend, FrontendToEngine
 from common.wire import ControlDialer, _Codec, address
 from tests.support.hostile import STABLE, damaged, mutated
 from tests.unit.test_fuzz_replies import SMALL_VALUES
 from tests.unit.test_wire import TO_DECODE, TO_ENGINE, TO_FRONTEND, TO_PREFILL
+from transfer.messages import DecodeToPrefill, PrefillToDecode
 
 UNIONS: list[Any] = [FrontendToEngine, EngineToFrontend, DecodeToPrefill, PrefillToDecode]
 MESSAGES: list[Any] = [*TO_ENGINE, *TO_FRONTEND, *TO_PREFILL, *TO_DECODE]

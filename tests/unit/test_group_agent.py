@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from common.errors import TransferError
-from common.messages import PoolInfo, PoolPart
 from common.process import own_mark
 from common.ranks import Ranks, kv_heads_at
 from tests.support.transfer_bench import LAYOUT, MEMORY
@@ -18,6 +17,7 @@ from transfer.agent import Write, WriteState, describe
 from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S
 from transfer.group import LOOK_S, GroupAgent, _hands_parts
 from transfer.hand import Hand, HandReady, WriteEnded
+from transfer.messages import PoolInfo, PoolPart
 
 NUM_HEADS = 2
 PEER = "decode-0"

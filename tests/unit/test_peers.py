@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from common.messages import (
+from common.process import ProcessMark, own_mark
+from common.ranks import kv_heads_at
+from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, options_of
+from tests.support.transfer_bench import LAYOUT, MEMORY, OPTIONS, Bench, NotedLink, delay_writes
+from transfer.agent import describe
+from transfer.commands import CancelKv, CancelRoom, KvLost, PagesQuiet, ReserveKv, RoomClosed
+from transfer.handshake import refusal_of
+from transfer.loopback import Fault
+from transfer.messages import (
+    PROTOCOL,
     Heartbeat,
     Hello,
     HelloReply,
@@ -17,16 +26,7 @@ from common.messages import (
     PoolInfo,
     PoolPart,
     PrefillToDecode,
-    ProcessMark,
 )
-from common.process import own_mark
-from common.ranks import kv_heads_at
-from tests.support.in_process_pair import DECODE, PREFILL, InProcessPair, options_of
-from tests.support.transfer_bench import LAYOUT, MEMORY, OPTIONS, Bench, NotedLink, delay_writes
-from transfer.agent import describe
-from transfer.commands import CancelKv, CancelRoom, KvLost, PagesQuiet, ReserveKv, RoomClosed
-from transfer.handshake import PROTOCOL, refusal_of
-from transfer.loopback import Fault
 from transfer.peers import Peer
 from transfer.sources import Life
 

@@ -13,9 +13,9 @@ from msgspec.structs import replace
 
 from common import process
 from common.errors import UsageError
-from common.messages import ProcessMark
 from common.process import (
     PARENT_PID_VARIABLE,
+    ProcessMark,
     ensure_port_free,
     free_port,
     free_port_runs,

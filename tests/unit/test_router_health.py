@@ -5,7 +5,10 @@ import asyncio
 import aiohttp
 import pytest
 
-from router.config import RouterConfig, RouterOptions
+from common.process import free_port
+from router.config import RouterConfig, RouterOptions, parse_router_config
+from router.health import HealthChecks
+from router.process import serve
 from tests.support import stub_workers as stubs
 from tests.support.asking import (
     LEGS,
@@ -18,6 +21,7 @@ from tests.support.asking import (
     metrics_of,
     workers_of,
 )
+from tests.support.processes import DEADLINE_S
 from tests.support.stub_workers import stack
 
 # A worker that is only slow, because the machine is, must not pass for a silent one.
@@ -119,3 +123,15 @@ async def test_nobody_waits_for_the_first_check():
         assert not running.prefill.health_asked.is_set()
         workers = await workers_of(running)
     assert {(one["healthy"], one["reason"], one["breaker"]) for one in workers.values()} == {(True, None, "closed")}
+
+
+async def test_a_router_that_can_ask_nobody_any_more_ends(monkeypatch: pytest.MonkeyPatch):
+    async def defect(self, worker):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(HealthChecks, "_ask", defect)
+    flags = [f"--port={free_port()}", "--worker=http://127.0.0.1:1", "--health-interval-s=0.01"]
+    async with asyncio.timeout(DEADLINE_S):
+        with pytest.raises(ExceptionGroup) as error:
+            await serve(parse_router_config(flags))
+    assert error.group_contains(KeyError, match="a defect")

@@ -98,7 +98,7 @@ async def test_a_retracted_sample_goes_on_from_its_tokens(num_tokens, start, str
     assert prefills == [first, second] or stream
     assert second.input_ids == (*PROMPT, *range(100, 100 + num_tokens))
     options, sampling = second.options, second.options.sampling
-    assert options.resumed_tokens == num_tokens
+    assert (options.resumed_tokens, options.resumed_versions) == (num_tokens, ("w1",))
     assert (sampling.max_new_tokens, sampling.min_new_tokens) == (G - num_tokens, max(0, 2 - num_tokens))
     assert (sampling.seed, sampling.n) == (100, 1)
     assert options.routed_experts_start_len == P + num_tokens - 1
@@ -294,7 +294,8 @@ async def test_a_stream_that_may_not_mix_weights_fails_when_it_has():
         _, reply = await ask(running, body(stream=True))
         assert (reply["error"]["code"], reply["error"]["rid"]) == ("mixed_versions", "mine")
         assert len(running.decode.samples) == 2
-        assert running.decode.samples[1].options.resumed_tokens == 2
+        options = running.decode.samples[1].options
+        assert (options.resumed_tokens, options.resumed_versions) == (2, ("w1",))
 
 
 async def test_a_stream_that_may_not_mix_weights_goes_on_under_the_same():

@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from common.messages import KvAbort, KvRequest
 from tests.support.in_process_pair import PREFILL, InProcessPair, options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
 from tests.support.transfer_bench import OPTIONS, Bench, delay_writes
 from transfer.endpoint import IDLE_WAIT_S, LANDING_WAIT_S, NAP_S
-from transfer.handshake import PROTOCOL
 from transfer.loopback import Fault
+from transfer.messages import PROTOCOL, KvAbort, KvRequest
 from transfer.plan import WriteTag, complete_pages
 from transfer.state import ReceiverState, SenderState, advance
 

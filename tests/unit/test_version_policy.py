@@ -315,3 +315,25 @@ def test_kv_of_another_version_is_not_gone_on_with(checkpoint: Path, changed: st
             check_mixed(leg)
             assert leg.tokens == []
         pair.check_pages()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("mixes", [False, True])
+def test_what_other_weights_have_begun_elsewhere_is_not_gone_on_with(checkpoint: Path, n: int, mixes: bool):
+    """It fails before its first token is emitted, unless it may mix them."""
+    pair, whole = pair_of(checkpoint), whole_of(checkpoint)
+    asked = replace(options(4, mixes=mixes, n=n, stream=True), resumed_tokens=5)
+    for rid, versions in (("the same", ("v0",)), ("older", ("v", "v0"))):
+        pair.submit(rid, PROMPT, replace(asked, resumed_versions=versions))
+        pair.settle()
+        whole.submit(rid, PROMPT, replace(asked, resumed_versions=versions))
+        whole.settle()
+    for legs in (pair.decode.legs, whole.legs):
+        assert len(legs["the same"].ends) == n
+        if mixes:
+            assert len(legs["older"].ends) == n
+        else:
+            assert "'v', 'v0'" in check_mixed(legs["older"]).message
+            assert legs["older"].tokens == []
+    pair.check_pages()
+    whole.check_pages()

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import random
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from common.errors import CheckpointError
+from common.models import pickled as pickled_weights
 from common.models.pickled import read_pickled
 from common.models.weight_files import FileWeights
 from common.models.weight_sources import BroadcastWeights, TensorWeights, Weights, announced
@@ -272,11 +274,58 @@ def test_a_pickle_runs_nothing(tmp_path: Path):
         os.mkdir,
     ]
     for value in wicked:
-        with pytest.raises(CheckpointError, match="cannot be unpickled"):
-            read_pickled(pickled([("a", value)], tmp_path / "p"))
-        assert not trace.exists()
+        bucket = {"flattened_tensor": torch.ones(1), "metadata": [value]}
+        for is_bucket, update in ((False, [("a", value)]), (True, bucket)):
+            with pytest.raises(CheckpointError, match="cannot be unpickled"):
+                read_pickled(pickled(update, tmp_path / "p"), is_bucket=is_bucket)
+            assert not trace.exists()
     pickle.loads(pickle.dumps(wicked[0]))
     assert trace.exists(), "they would do it elsewhere"
+
+
+def spoken(text: str) -> bytes:
+    """A string, as protocol 4 writes it."""
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+def found(place: tuple[str, str]) -> bytes:
+    """The opcodes that look something up."""
+    return spoken(place[0]) + spoken(place[1]) + b"\x93"
+
+
+def setting(place: tuple[str, str], state: bytes) -> bytes:
+    """A pickle that sets the state of something that it may look up."""
+    return b"\x80\x04" + found(place) + state + b"b."
+
+
+METADATA = ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata")
+DICT = b"}" + spoken("fields") + b"K\x05s"
+STATES = {"attributes": b"N" + DICT + b"\x86", "dictionary": DICT}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("place", pickled_weights._ALLOWED)
+def test_a_pickle_sets_nothing_that_stays(tmp_path: Path, place: tuple[str, str], state: str):
+    """The state of what it may name would be that of what torch itself, or the next update, finds there."""
+    allowed = pickled_weights._ALLOWED[place]
+    before = getattr(allowed, "fields", None)
+    path = tmp_path / "p"
+    path.write_bytes(setting(place, STATES[state]))
+    with pytest.raises(CheckpointError, match="may not set the state"):
+        read_pickled(path)
+    assert getattr(allowed, "fields", None) is before
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_metadata_takes_what_it_is_told_as_it_is(tmp_path: Path, state: str):
+    """Neither a class, nor a method, nor anything but a dictionary with the fields."""
+    entry = found(METADATA) + b")\x81" + STATES[state] + b"b"
+    tensor = pickle.dumps(torch.ones(1), protocol=4)[2:-1]
+    tensor = tensor[9:] if tensor[:1] == b"\x95" else tensor
+    bucket = b"}(" + spoken("flattened_tensor") + tensor + spoken("metadata") + b"]" + entry + b"au."
+    (tmp_path / "p").write_bytes(b"\x80\x04" + bucket)
+    with pytest.raises(CheckpointError, match="tensor 0 of metadata: "):
+        read_pickled(tmp_path / "p", is_bucket=True)
 
 
 @pytest.mark.parametrize(
@@ -293,3 +342,21 @@ def test_rubbish_is_no_pickle(tmp_path: Path):
         read_pickled(tmp_path / "p")
     with pytest.raises(CheckpointError):
         read_pickled(tmp_path / "none")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_was_damaged_is_read_or_refused(tmp_path: Path):
+    whole = pickled([("a", torch.ones(2)), ("b", torch.zeros(3))], tmp_path / "p").read_bytes()
+    rng = random.Random(1)
+    damaged = [whole[:stop] for stop in range(0, len(whole), 7)]
+    for _ in range(500):
+        place = rng.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([rng.randrange(256)]) + whole[place + 1 :])
+    num_refused = 0
+    for data in damaged:
+        (tmp_path / "p").write_bytes(data)
+        try:
+            read_pickled(tmp_path / "p")
+        except CheckpointError:
+            num_refused += 1
+    assert num_refused > 100

@@ -270,10 +270,41 @@ async def test_pickles_are_taken_if_that_is_allowed():
         source = engine.find(LoadWeights).source
         assert isinstance(source, PickledWeights)
         assert len(source.paths) == 2
-        unknown = {"serialized_named_tensors": [], "load_format": "direct"}
-        bodies: tuple[dict[str, Any], ...] = ({"serialized_named_tensors": ["?"]}, unknown)
-        for bad in bodies:
-            assert (await engine.worker.post("/update_weights_from_tensor", **bad))[0] == 400
+        engine.names()
+        bad: dict[str, dict[str, Any]] = {
+            "serialized_named_tensors": {"serialized_named_tensors": ["?"]},
+            "load_format": pickles | {"load_format": "direct"},
+        }
+        for field, body in bad.items():
+            status, answer = await engine.worker.post("/update_weights_from_tensor", **body)
+            assert (status, answer["success"], engine.names()) == (400, False, [])
+            assert answer["message"].startswith(f"{field}: "), answer
+
+
+@pytest.mark.parametrize(("load_format", "is_bucket"), [(None, False), ("auto", False), ("flattened_bucket", True)])
+async def test_the_ranks_are_told_whether_tensors_come_as_a_bucket(load_format: str | None, is_bucket: bool):
+    async with obedient(allow_pickled_weights=True) as engine:
+        worker, pickles = engine.worker, [base64.b64encode(b"one").decode()]
+        status, _ = await worker.post("/update_weights_from_distributed", **BROADCAST, load_format=load_format)
+        assert status == 200
+        told = [engine.find(kind).source for kind in (CheckWeights, LoadWeights)]
+        broadcast = WeightBroadcast(
+            group="g", names=("n",), dtypes=("bfloat16",), shapes=((2, 3),), is_bucket=is_bucket
+        )
+        assert (told, engine.names()) == ([broadcast] * 2, HELD)
+        body: dict[str, Any] = {"serialized_named_tensors": pickles, "load_format": load_format}
+        assert (await worker.post("/update_weights_from_tensor", **body))[0] == 200
+        source = engine.find(LoadWeights).source
+        assert (type(source), source.is_bucket) == (PickledWeights, is_bucket)
+
+
+async def test_safetensors_are_no_bucket():
+    async with obedient() as engine:
+        assert (await post_bytes(engine.worker, b"x", load_format="auto"))[0] == 200
+        engine.names()
+        status, answer = await post_bytes(engine.worker, b"x", load_format="flattened_bucket")
+        assert (status, engine.names()) == (400, [])
+        assert answer["message"].startswith("load_format: ")
 
 
 async def test_groups_and_broadcasts():
@@ -313,8 +344,10 @@ async def test_a_group_that_not_all_can_join_is_left_by_all():
         ("/init_weights_update_group", {}, "body"),
         ("/update_weights_from_distributed", BROADCAST | {"shapes": [[-1]]}, "shapes[0][0]"),
         ("/update_weights_from_distributed", BROADCAST | {"names": "n"}, "names"),
-        ("/update_weights_from_distributed", BROADCAST | {"load_format": "flattened_bucket"}, "load_format"),
+        ("/update_weights_from_distributed", BROADCAST | {"load_format": "direct"}, "load_format"),
+        ("/update_weights_from_distributed", BROADCAST | {"load_format": "some.module.load"}, "load_format"),
         ("/update_weights_from_disk", {"model_path": 3}, "model_path"),
+        ("/update_weights_from_disk", {"model_path": "/", "load_format": "flattened_bucket"}, "load_format"),
         ("/update_weight_version", {}, "new_version"),
     ],
 )

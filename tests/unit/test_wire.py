@@ -16,7 +16,6 @@ from common.messages import (
     Beat,
     Bootstrap,
     CacheFlushed,
-    DecodeToPrefill,
     EngineReady,
     EngineToFrontend,
     ErrorReport,
@@ -24,25 +23,11 @@ from common.messages import (
     Finished,
     FinishNow,
     FinishReason,
-    FirstToken,
     FlushCache,
     FrontendToEngine,
     Generate,
     GetStats,
-    Goodbye,
-    Heartbeat,
-    HeartbeatReply,
-    Hello,
-    HelloReply,
-    KvAbort,
-    KvClosed,
-    KvDone,
-    KvRequest,
     PageCounts,
-    PoolInfo,
-    PoolPart,
-    PrefillToDecode,
-    ProcessMark,
     RequestOptions,
     SamplingParams,
     Shutdown,
@@ -71,11 +56,27 @@ from common.orders import (
     WeightBroadcast,
     WeightFiles,
 )
-from common.process import free_port
+from common.process import ProcessMark, free_port
 from common.versions import whole
 from common.wire import ControlDialer, ControlListener, EngineChannel, FrontendChannel
 from tests.support.processes import DEADLINE_S
 from tests.support.rows import SPEC
+from transfer.messages import (
+    DecodeToPrefill,
+    FirstToken,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    HelloReply,
+    KvAbort,
+    KvClosed,
+    KvDone,
+    KvRequest,
+    PoolInfo,
+    PoolPart,
+    PrefillToDecode,
+)
 
 OPTIONS = RequestOptions(
     sampling=SamplingParams(max_new_tokens=3, temperature=0.7, stop_token_ids=(1, 2), seed=2**63 - 1),

@@ -136,13 +136,15 @@ async def test_a_stop_string_may_span_the_seam():
             {"resumed_tokens": 1, "input_ids": [[1, 2], [3]], "bootstrap_room": [7, 8]},
             "1 leave no prompt of 1 input_ids",
         ),
+        ({"resumed_versions": "v1"}, "must be a list of strings, but is a string"),
+        ({"resumed_versions": ["v1", 2]}, ""),
     ],
 )
 async def test_what_cannot_be_resumed_is_refused(fields: dict[str, Any], what: str):
     async with scripted_worker() as worker:
         status, reply = await worker.post(**asked(**fields))
     assert status == 400
-    assert reply["error"]["message"].startswith("resumed_tokens: ")
+    assert reply["error"]["message"].startswith(f"{next(iter(fields))}: ")
     assert what in reply["error"]["message"]
 
 

@@ -62,6 +62,15 @@ async def test_a_router_without_workers_serves_once_a_pair_has_joined():
         assert leg.bootstrap.port == 8998
 
 
+async def test_a_regular_worker_is_an_aggregated_one():
+    async with stack() as running, empty_router(running):
+        told = {"url": running.decode.url, "worker_type": "regular", "bootstrap_port": None}
+        async with running.client.post("/workers", json=told) as response:
+            assert (response.status, (await response.json())["worker_type"]) == (201, "aggregated")
+        status, answer = await join(running, running.prefill)
+        assert (status, "the two do not mix" in answer["error"]["message"]) == (400, True)
+
+
 async def test_the_list_tells_all_of_each_worker():
     async with stack(router=ASKING) as running:
         running.prefill.health = (200, {"dp_size": 2, "weight_version": "w7", "model_path": "m", "paused": True})
@@ -69,7 +78,8 @@ async def test_the_list_tells_all_of_each_worker():
         while (workers := await workers_of(running))[running.prefill.url]["dp_size"] != 2:
             pass
         async with running.client.get("/list_workers") as response:
-            assert [one["url"] for one in (await response.json())["workers"]] == list(workers)
+            listed = await response.json()
+        assert [one["url"] for one in listed["workers"]] == listed["urls"] == list(workers)
     one, other = workers.values()
     assert {**one, "id": "?"} == {
         "id": "?",
@@ -127,6 +137,8 @@ GOOD = {"url": "http://a:1", "worker_type": "decode"}
         ({"url": "http://a:1"}, "worker_type"),
         (GOOD | {"worker_type": "router"}, "worker_type"),
         (GOOD | {"worker_type": "aggregated"}, "worker_type"),
+        (GOOD | {"worker_type": "regular"}, "worker_type"),
+        (GOOD | {"worker_type": "Regular"}, "worker_type"),
         (GOOD | {"bootstrap_port": 1}, "bootstrap_port"),
         (GOOD | {"worker_type": "prefill"}, "bootstrap_port"),
         (GOOD | {"worker_type": "prefill", "bootstrap_port": 0}, "bootstrap_port"),
