@@ -2,7 +2,7 @@
 
 Each is carried out by all ranks of the attention group when none of them has a step in flight, one order after the other, and
 answered by one `Done` with the same serial. The engine does nothing else meanwhile. So before an order that may take long, or
-that waits for other processes, all groups must be paused: one that steps would wait for the others. Part of the unions in
+that waits for other processes, all groups must be paused or idle: one that steps would wait for the others. Part of the unions in
 `common.messages`; sender: `common.server`, receiver: `common.engine`.
 """
 

@@ -57,6 +57,7 @@ async def create_app(config: RouterConfig) -> web.Application:
         gate,
         aborts,
         metrics,
+        checks.ask_unwell,
         max_retries=options.max_retries,
     )
     prompts = Resumed(attempts, registry, metrics)

@@ -1,9 +1,11 @@
 """One prompt as attempts: workers are picked, an attempt runs, and what failed may be tried again elsewhere.
 
-    gate -> pick -> legs begin -> answer, or events
-     ^                |
-     |                '- failure: blame its leg, abort the others -> told the client anything, or hopeless? -> error
+    gate -> look -> pick -> legs begin -> answer, or events
+     ^                        |
+     |                        '- failure: blame its leg, abort the others -> told the client anything, or hopeless? -> error
      '------- pause at random ------- no: again, under a new rid and new rooms
+
+To look is to ask the workers that were not well for their health, if without them there is nobody to pick.
 
 Only what is nobody's answer yet is tried again, and only a failure that another pair, or a later moment, may not have. A
 retry repeats itself: the seed was drawn before. Rows that were refused are never tried again, nor legs that disagree: that is
@@ -14,8 +16,8 @@ that happens. Neighbours: `resume` (asks, and goes on with what was retracted la
 
 import asyncio
 import random
-from collections.abc import AsyncGenerator, Callable, Collection, Iterator
-from contextlib import ExitStack, aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator
+from contextlib import ExitStack, aclosing, contextmanager, suppress
 
 from msgspec.structs import replace
 
@@ -59,15 +61,18 @@ class Attempts:
         gate: Gate,
         aborts: Aborts,
         metrics: RouterMetrics,
+        ask_unwell: Callable[[], Awaitable[None]],
         *,
         max_retries: int,
     ) -> None:
+        """`ask_unwell` sees whether workers that were not well are by now."""
         self._pairs = pairs
         self._alone = alone
         self._membership = membership
         self._gate = gate
         self._aborts = aborts
         self._metrics = metrics
+        self._ask_unwell = ask_unwell
         self._max_retries = max_retries
 
     async def answer(
@@ -133,11 +138,18 @@ class Attempts:
     ) -> Iterator["_Prompt"]:
         """Make a prompt's failure say how often it was tried."""
         retries_left = self._max_retries if max_retries is None else max_retries
-        prompt = _Prompt(sample, entry, deadline, retries_left, self._pick, self._gate, self._aborts, self._metrics)
+        prompt = _Prompt(
+            sample, entry, deadline, retries_left, self._pick, self._look, self._gate, self._aborts, self._metrics
+        )
         try:
             yield prompt
         except TandemError as error:
             raise ReportedError(prompt.told(ErrorReport.of(error))) from error
+
+    async def _look(self) -> None:
+        """If a leg has nobody to take it, see whether that is still so: a worker may have become well since it was asked."""
+        if self._membership.is_short:
+            await self._ask_unwell()
 
     def _pick(self, sample: Sample, failed: list[Worker]) -> tuple[Worker, ...]:
         """Pick the workers of an attempt. A prompt that asks for no tokens needs no decode worker."""
@@ -166,6 +178,7 @@ class _Prompt:
         deadline: float,
         retries_left: int,
         pick: Callable[[Sample, list[Worker]], tuple[Worker, ...]],
+        look: Callable[[], Awaitable[None]],
         gate: Gate,
         aborts: Aborts,
         metrics: RouterMetrics,
@@ -177,6 +190,7 @@ class _Prompt:
         self._deadline = deadline
         self._retries_left = retries_left
         self._pick = pick
+        self._look = look
         self._gate = gate
         self._aborts = aborts
         self._metrics = metrics
@@ -187,6 +201,10 @@ class _Prompt:
     async def may_begin(self) -> bool:
         """Wait at the gate; says whether an attempt is to begin, and not if somebody wants the prompt's end."""
         await self._gate.wait(self._entry, self._deadline)
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._deadline):
+                await self._look()
+        await self._gate.wait(self._entry, self._deadline)  # it may have closed meanwhile
         return not self._entry.is_aborted
 
     @contextmanager

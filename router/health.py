@@ -48,6 +48,8 @@ class HealthChecks:
         self._session = session
         self._membership = membership
         self._options = options
+        self._round: asyncio.Task[None] | None = None
+        self._next_round: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         """Ask for ever, all workers that there are at the moment."""
@@ -67,16 +69,25 @@ class HealthChecks:
             self.ended.set()
 
     async def ask_unwell(self) -> None:
-        """Ask the workers that are unhealthy once, now; one that does not answer in time is left as it was."""
+        """Ask the workers that are unhealthy once, now; one that does not answer in time is left as it was.
 
-        async def ask(worker: Worker) -> None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._options.health_timeout_s):
-                    await self._ask(worker)
+        All who come meanwhile wait for the next round together: what this one asked for may be out of date.
+        """
+        if self._next_round is None:
+            self._next_round = asyncio.create_task(self._ask_round(self._round))
+        await asyncio.shield(self._next_round)
 
-        await asyncio.gather(
-            *(ask(worker) for worker in self._membership.workers if worker.unhealthy_reason is not None)
-        )
+    async def _ask_round(self, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        self._round, self._next_round = self._next_round, None
+        unwell = [worker for worker in self._membership.workers if worker.unhealthy_reason is not None]
+        await asyncio.gather(*map(self._ask_in_time, unwell))
+
+    async def _ask_in_time(self, worker: Worker) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._options.health_timeout_s):
+                await self._ask(worker)
 
     async def _pass_time(self) -> None:
         # Counted as in `_watch`: nobody could renew a lease while our own process was paused.

@@ -6,8 +6,10 @@ import aiohttp
 import pytest
 
 from common.process import free_port
+from router.app import CHECKS
 from router.config import RouterConfig, RouterOptions, parse_router_config
 from router.health import HealthChecks
+from router.membership import Membership
 from router.process import serve
 from tests.support import stub_workers as stubs
 from tests.support.asking import (
@@ -135,3 +137,56 @@ async def test_a_router_that_can_ask_nobody_any_more_ends(monkeypatch: pytest.Mo
         with pytest.raises(ExceptionGroup) as error:
             await serve(parse_router_config(flags))
     assert error.group_contains(KeyError, match="a defect")
+
+
+def mark_unhealthy(app, role):
+    for worker in app[CHECKS]._membership.workers:
+        if worker.role == role:
+            worker.mark_unhealthy("it was away", ends_legs=False)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_is_well_again_is_asked_before_anybody_is_turned_away(stream):
+    async with stack() as running:
+        options = RouterOptions(
+            prefill=((running.prefill.url, 8998),), decode=(running.decode.url,), health_interval_s=3600.0
+        )
+        app = await stubs.create_app(RouterConfig(router=options))
+        async with stubs.serving(app) as url, aiohttp.ClientSession(url) as running.client:
+            for role in LEGS:
+                mark_unhealthy(app, role)
+                check_answer(*await ask(running, body(stream=stream)))
+            mark_unhealthy(app, "decode")
+            running.decode.health = STUCK
+            status, reply = await ask(running, body())
+            assert (status, reply["error"]["stage"]) == (503, "pick")
+            assert "the engine has been in one step" in reply["error"]["message"]
+            assert len(running.prefill.samples) == len(LEGS)
+
+
+async def test_who_comes_while_workers_are_asked_waits_for_newer_answers():
+    membership, told, asked = Membership(RouterOptions(worker=("http://w",))), asyncio.Queue(), asyncio.Queue()
+
+    async def answer(worker):
+        asked.put_nowait(worker)
+        if (await told.get()) == "well":
+            worker.mark_healthy(1)
+        return True
+
+    async with aiohttp.ClientSession() as session:
+        checks = HealthChecks(session, membership, RouterOptions())
+        checks._ask = answer
+        [worker] = membership.workers
+        worker.mark_unhealthy("it was away", ends_legs=False)
+        first = asyncio.create_task(checks.ask_unwell())
+        await asked.get()
+        later = [asyncio.create_task(checks.ask_unwell()) for _ in range(3)]
+        await asyncio.wait(later, timeout=0)
+        later += [asyncio.create_task(checks.ask_unwell()) for _ in range(3)]
+        told.put_nowait("not yet")
+        await first
+        assert worker.unhealthy_reason is not None
+        told.put_nowait("well")
+        await asyncio.gather(*later)
+        assert worker.unhealthy_reason is None
+        assert asked.qsize() == 1
