@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.orders import CheckWeights, Done, JoinWeightGroup, LeaveWeightGroup, LoadWeights, Order, WeightBroadcast
+from common.orders import CheckWeights, Done, LeaveWeightGroup, LoadWeights, Order
 from common.process import free_port
 from deploy.demo_model import write_demo_model
 from tests.support.aggregated import InProcessAggregated
@@ -19,7 +19,7 @@ from tests.support.checkpoints import ON_GPU
 from tests.support.in_process_pair import options_of
 from tests.support.prompts import random_prompts
 from tests.support.rank_threads import in_threads
-from tests.support.trainer import Trainer, announcement
+from tests.support.trainer import Trainer, broadcast_of, joining
 
 # With "cpu" and "gloo" the same test runs anywhere.
 DEVICE: Final[Literal["cpu", "cuda"]] = "cuda"
@@ -40,28 +40,14 @@ def answers_of(worker: InProcessAggregated) -> list[Any]:
     return worker.run([(prompt, options) for prompt in random_prompts(5, 6, longest=60)], concurrency=1)
 
 
-def test_broadcasts_from_another_gpu(tmp_path: Path):
+@pytest.mark.parametrize("is_bucket", [False, True])
+def test_broadcasts_from_another_gpu(tmp_path: Path, is_bucket: bool):
     old, new = tmp_path / "old", tmp_path / "new"
     write_demo_model(old, **ON_GPU)
     write_demo_model(new, **(ON_GPU | {"seed": 44}))
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(new / "model.safetensors").items()}
-    told, port = announcement(tensors), free_port()
-    source = WeightBroadcast(
-        group="g",
-        names=tuple(told["names"]),
-        dtypes=tuple(told["dtypes"]),
-        shapes=tuple(map(tuple, told["shapes"])),
-    )
-    join = JoinWeightGroup(
-        serial=1,
-        group="g",
-        address="127.0.0.1",
-        port=port,
-        rank_offset=1,
-        world_size=2,
-        backend=BACKEND,
-        deadline_s=60.0,
-    )
+    port, source = free_port(), broadcast_of(tensors, is_bucket=is_bucket)
+    join = joining(port, backend=BACKEND)
     orders: list[Order] = [join, CheckWeights(2, source), LoadWeights(3, source, "new"), LeaveWeightGroup(4, "g")]
     worker, expected = engine_of(old), answers_of(engine_of(new))
     before = answers_of(worker)
@@ -72,9 +58,8 @@ def test_broadcasts_from_another_gpu(tmp_path: Path):
         if DEVICE == "cuda":
             torch.cuda.set_device(1)
         trainer = Trainer(port, 2, "g", BACKEND)
-        trainer.broadcast(
-            {name: tensor.to("cuda:1" if DEVICE == "cuda" else "cpu") for name, tensor in tensors.items()}
-        )
+        send = trainer.broadcast_bucket if is_bucket else trainer.broadcast
+        send({name: tensor.to("cuda:1" if DEVICE == "cuda" else "cpu") for name, tensor in tensors.items()})
         trainer.leave()
 
     def serve() -> None:

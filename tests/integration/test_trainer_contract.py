@@ -7,14 +7,12 @@ in buckets, abort a rollout and ask for profiles. After each update transformers
 import asyncio
 import base64
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,20 +20,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from common.process import free_port
+from common.process import free_port, free_ports
 from deploy.demo_model import write_demo_model
 from tests.support.checkpoints import SHAPES, edit_tensors
 from tests.support.http_client import Client
 from tests.support.judge import Judge, Tally
 from tests.support.processes import REPOSITORY, end, read_line
 from tests.support.prompts import random_prompts
-from tests.support.trainer import Trainer, announcement
+from tests.support.trainer import Trainer, announcement, bytes_of, described, metadata_class, pickled_bucket
 
 SHAPE = "plain"
 NUM_LAYERS, TOP_K = 3, 4
 PROMPTS = [prompt for prompt in random_prompts(17, 12, longest=40) if len(prompt) > 1][:5]
 GROUP = "slime-pp_0"
-METADATA_MODULE = "sglang.srt.weight_sync.tensor_bucket"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -72,10 +69,10 @@ class Engine(Client):
     async def resume(self, *tags: str) -> None:
         await self.told("/resume_memory_occupation", tags=list(tags))
 
-    async def take_flattened(self, bucket: Tensors, version: str) -> None:
+    async def take_pickled(self, bucket: bytes, version: str) -> None:
         await self.told(
             "/update_weights_from_tensor",
-            serialized_named_tensors=[base64.b64encode(flattened(bucket)).decode()],
+            serialized_named_tensors=[base64.b64encode(bucket).decode()],
             load_format="flattened_bucket",
             flush_cache=False,
             weight_version=version,
@@ -124,33 +121,6 @@ class Router(Client):
     async def remove(self, worker_id: str) -> None:
         async with self.session.delete(f"{self.url}/workers/{worker_id}") as response:
             assert response.status == 200, await response.text()
-
-
-@dataclass
-class FlattenedTensorMetadata:
-    """Where a tensor lies in a bucket, in bytes; pickled under the name that SGLang's class has."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    start_idx: int
-    end_idx: int
-    numel: int
-
-
-FlattenedTensorMetadata.__module__ = METADATA_MODULE
-
-
-def flattened(tensors: Tensors) -> bytes:
-    """A bucket's pickle."""
-    parts = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
-    metadata, start = [], 0
-    for (name, tensor), part in zip(tensors.items(), parts, strict=True):
-        stop = start + len(part)
-        metadata.append(FlattenedTensorMetadata(name, tensor.shape, tensor.dtype, start, stop, len(part)))
-        start = stop
-    flat = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-    return pickle.dumps({"flattened_tensor": flat, "metadata": metadata})
 
 
 # ------------------------------------------------------------------------------------------------ what they drive
@@ -230,7 +200,7 @@ def serving(module: str, port: int, *flags: str) -> "Iterator[subprocess.Popen[b
 
 @pytest.fixture(scope="module")
 def servers(checkpoint_of: Callable[[str], Path]) -> Iterator[Servers]:
-    prefill, decode, router, bootstrap = (free_port() for _ in range(4))
+    prefill, decode, router, bootstrap = free_ports(4)
     flags = [
         *(f"--model={checkpoint_of(SHAPE)}", "--device=cpu", "--cpu-threads=1", "--page-size=4"),
         *("--kv-pool-tokens=8192", "--allow-pickled-weights"),
@@ -285,18 +255,6 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
     return {version: weights(version, seed) for version, seed in (("1", 201), ("2", 202))}
 
 
-@pytest.fixture
-def sglang_s_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let what is pickled be found under SGLang's names."""
-    module = ModuleType(METADATA_MODULE)
-    module.FlattenedTensorMetadata = FlattenedTensorMetadata  # type: ignore[attr-defined]
-    parts = METADATA_MODULE.split(".")
-    for count in range(1, len(parts)):
-        name = ".".join(parts[:count])
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, METADATA_MODULE, module)
-
-
 # ------------------------------------------------------------------------------------------------ what they do
 
 
@@ -314,14 +272,15 @@ async def test_workers_are_what_the_trainer_takes_them_for(stack: Stack):
 
 
 async def test_an_update_in_buckets_while_the_trainer_has_the_memory(
-    stack: Stack, training: dict[str, Weights], sglang_s_names: None
+    stack: Stack, training: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ):
-    new = training["1"]
+    new, kind = training["1"], metadata_class(monkeypatch)
     assert await stack.rollout() == ["length"] * len(PROMPTS)
     await asyncio.gather(*(engine.offload() for engine in stack.engines))
     await asyncio.gather(*(engine.resume("weights") for engine in stack.engines))
     for bucket in ({}, *new.buckets):
-        await asyncio.gather(*(engine.take_flattened(bucket, new.version) for engine in stack.engines))
+        pickled = pickled_bucket(kind, bytes_of(bucket.values()), described(bucket, as_bytes=True))
+        await asyncio.gather(*(engine.take_pickled(pickled, new.version) for engine in stack.engines))
     await asyncio.gather(*(engine.resume("kv_cache", "cuda_graph") for engine in stack.engines))
     await stack.rollout(version=new.version)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import make_dataclass
 from datetime import timedelta
 from types import ModuleType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import pytest
 import torch
@@ -21,6 +21,8 @@ from torch.distributed.distributed_c10d import (
     _world,  # type: ignore[attr-defined]
 )
 from torch.distributed.rendezvous import rendezvous
+
+from common.orders import JoinWeightGroup, WeightBroadcast
 
 TIMEOUT = timedelta(seconds=60)
 PLACES: Final = ("sglang.srt.weight_sync.tensor_bucket", "sglang.srt.model_executor.model_runner")
@@ -63,7 +65,8 @@ class Trainer:
 
 def bytes_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """The bytes of all, in one flat tensor."""
-    return torch.cat([torch.empty(0, dtype=torch.uint8), *(tensor.flatten().view(torch.uint8) for tensor in tensors)])
+    parts = [tensor.flatten().view(torch.uint8) for tensor in tensors]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def announcement(tensors: Mapping[str, torch.Tensor], **fields: Any) -> dict[str, Any]:
@@ -75,6 +78,34 @@ def announcement(tensors: Mapping[str, torch.Tensor], **fields: Any) -> dict[str
         "group_name": "g",
         **fields,
     }
+
+
+def broadcast_of(tensors: Mapping[str, torch.Tensor], *, is_bucket: bool = False) -> WeightBroadcast:
+    """The same, as a worker's engine is told."""
+    told = announcement(tensors)
+    return WeightBroadcast(
+        group="g",
+        names=tuple(told["names"]),
+        dtypes=tuple(told["dtypes"]),
+        shapes=tuple(map(tuple, told["shapes"])),
+        is_bucket=is_bucket,
+    )
+
+
+def joining(
+    port: int, world_size: int = 2, *, backend: Literal["gloo", "nccl"] = "gloo", deadline_s: float = 60.0
+) -> JoinWeightGroup:
+    """Have an engine's ranks join a trainer's group, as numbers 1 and so on."""
+    return JoinWeightGroup(
+        serial=1,
+        group="g",
+        address="127.0.0.1",
+        port=port,
+        rank_offset=1,
+        world_size=world_size,
+        backend=backend,
+        deadline_s=deadline_s,
+    )
 
 
 def metadata_class(

@@ -19,13 +19,11 @@ from common.orders import (
     CheckWeights,
     Continue,
     Done,
-    JoinWeightGroup,
     LeaveWeightGroup,
     LoadWeights,
     Order,
     Pause,
     SetWeightVersion,
-    WeightBroadcast,
     WeightFiles,
 )
 from common.process import free_port
@@ -37,7 +35,7 @@ from tests.support.in_process_pair import InProcessPair, options_of
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
 from tests.support.rank_threads import AggregatedRanks, in_threads
-from tests.support.trainer import Trainer, announcement
+from tests.support.trainer import Trainer, broadcast_of, joining
 from transfer.config import TransferOptions
 
 SPLITS = {
@@ -307,31 +305,12 @@ def test_one_rank_that_fails_in_the_middle_holds_its_group(
 # ------------------------------------------------------------------------------------------------ broadcasts
 
 
-def joining(port: int, world_size: int, deadline_s: float = 60.0) -> JoinWeightGroup:
-    return JoinWeightGroup(
-        serial=1,
-        group="g",
-        address="127.0.0.1",
-        port=port,
-        rank_offset=1,
-        world_size=world_size,
-        backend="gloo",
-        deadline_s=deadline_s,
-    )
-
-
 @pytest.mark.parametrize("name", ["tp2", "tp2-ep"])
 def test_ranks_of_one_process_receive_beside_their_own_groups(
     checkpoint: Path, newer: Path, newer_judge: Judge, tmp_path: Path, name: str
 ):
     port, tensors = free_port(), load_file(newer / "model.safetensors")
-    told = announcement(tensors)
-    source = WeightBroadcast(
-        group="g",
-        names=tuple(told["names"]),
-        dtypes=tuple(told["dtypes"]),
-        shapes=tuple(map(tuple, told["shapes"])),
-    )
+    source = broadcast_of(tensors)
     worker = AggregatedRanks(checkpoint, SPLITS[name], tmp_path, parts=racing, chunk_tokens=24, page_size=4)
     orders: list[Order] = [
         joining(port, 3),

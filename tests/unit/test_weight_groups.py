@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +13,8 @@ from common.engine.weight_groups import WeightGroup
 from common.errors import UsageError
 from common.models.weight_sources import Receive, announced
 from common.models.weights import Header
-from common.orders import JoinWeightGroup
 from common.process import free_port
-from tests.support.trainer import Trainer, announcement
+from tests.support.trainer import Trainer, announcement, joining
 
 CPU = torch.device("cpu")
 TENSORS = {
@@ -26,26 +25,13 @@ TENSORS = {
 }
 
 
-def order(port: int, backend: Literal["gloo", "nccl"] = "gloo") -> JoinWeightGroup:
-    return JoinWeightGroup(
-        serial=1,
-        group="g",
-        address="127.0.0.1",
-        port=port,
-        rank_offset=1,
-        world_size=2,
-        backend=backend,
-        deadline_s=60.0,
-    )
-
-
 @contextmanager
 def met() -> Iterator[tuple[Trainer, WeightGroup, Callable[..., "Future[Any]"]]]:
     """Both ends, and what has the trainer do something meanwhile."""
     port = free_port()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(Trainer, port, 2, "g")
-        group = WeightGroup.join(order(port), 0, CPU)
+        group = WeightGroup.join(joining(port), 0, CPU)
         trainer = coming.result()
         try:
             yield trainer, group, pool.submit
@@ -130,4 +116,4 @@ def test_an_update_has_one_deadline_however_it_comes(is_bucket: bool, sizes: lis
 
 def test_nccl_needs_a_gpu():
     with pytest.raises(UsageError, match="needs a GPU"):
-        WeightGroup.join(order(1, "nccl"), 0, CPU)
+        WeightGroup.join(joining(1, backend="nccl"), 0, CPU)
