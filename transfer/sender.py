@@ -12,22 +12,21 @@ says that all is written and brings the first token, and is not answered. The pe
 the prefill has ended unless the peer is full. Until then its heartbeats keep the prompt's lease. The rooms of a peer that has
 died, or been silent for too long, are given up.
 
-It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other.
+It knows no engine and no NIXL: commands and events on one side, `TransferAgent` and `Link` on the other. Neighbours:
+`outgoing` (one room), `tombstones` (those that have closed), `peers` (the decode workers).
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import NamedTuple, assert_never
+from typing import assert_never
 
 from common.errors import TransferError
 from common.ids import MAX_ROOM
 from common.memory.layout import num_pages_for
 from common.messages import Leg
-from transfer.agent import TransferAgent, Write, WriteState
+from transfer.agent import TransferAgent
 from transfer.commands import CancelRoom, FinishRoom, OpenRoom, PagesReady, RoomClosed, SenderCommand, SenderMailbox
 from transfer.config import TransferOptions
 from transfer.endpoint import IDLE_WAIT_S, NAP_S, WATCH_S, Link, TransferCounts
@@ -40,13 +39,14 @@ from transfer.messages import (
     HelloReply,
     KvAbort,
     KvClosed,
-    KvDone,
     KvRequest,
     PrefillToDecode,
 )
+from transfer.outgoing import OutgoingRoom
 from transfer.peers import Peer, Peers
-from transfer.plan import MAX_GENERATION, WriteTag
+from transfer.plan import MAX_GENERATION
 from transfer.state import SenderState, advance
+from transfer.tombstones import Tombstones
 
 log = logging.getLogger(__name__)
 
@@ -54,46 +54,6 @@ _GIVEN_UP = "the decode side has given this room up"
 _CLOSING_S = 5.0
 """Longest wait for posted writes when the process ends."""
 _MAX_ROOMS = 2**18
-_MAX_TOMBSTONES = 2**20
-
-
-@dataclass(slots=True)
-class _Room:
-    state: SenderState
-    deadline: float = math.inf
-    # What the own engine has told.
-    opened: OpenRoom | None = None
-    ready_pages: list[int] = field(default_factory=list)
-    finished: FinishRoom | None = None
-    # What the peer has told.
-    peer: str | None = None
-    """Who has asked for the KV, or has shown that it will."""
-    request: KvRequest | None = None
-    asked_at: float = 0.0
-    # How far it is.
-    num_posted_pages: int = 0
-    num_writes: int = 0
-    in_progress: list[Write] = field(default_factory=list)
-    writing_since: float = 0.0
-    """When the first of the writes in progress was posted to a room that had none."""
-    write_seconds: float = 0.0
-    """How long at least one write was in progress, up to when there last was none."""
-    # Why it drains, and on whose side the reason lies.
-    error: str | None = None
-    code: str = "leg_failed"
-    leg: Leg = "decode"
-
-    @property
-    def generation(self) -> int | None:
-        """The generation that the peer has asked with."""
-        return None if self.request is None else self.request.generation
-
-
-class _Tombstone(NamedTuple):
-    """A closed room is remembered for so long; `code` is what whoever comes late is told of it."""
-
-    until: float
-    code: str
 
 
 class Sender:
@@ -123,8 +83,9 @@ class Sender:
         self._dp = dp
         self._clock = clock
         self._peers = Peers(agent, options.peer_deadline_s)
-        self._rooms: dict[int, _Room] = {}
-        self._tombstones: dict[int, _Tombstone] = {}
+        self._rooms: dict[int, OutgoingRoom] = {}
+        # For longer than any lease.
+        self._tombstones = Tombstones(2 * max(options.lease_s, options.transfer_deadline_s))
         self._now = 0.0
         self._next_watch = 0.0
 
@@ -142,12 +103,11 @@ class Sender:
             self._on_message(peer, message)
         if now >= self._next_watch:
             self._watch()
-        for room_id, room in list(self._rooms.items()):
-            self._progress(room_id, room)
+        for room in list(self._rooms.values()):
+            self._progress(room)
             if now >= room.deadline:
-                self._on_deadline(room_id, room)
-        for room_id in list(takewhile(lambda room_id: self._tombstones[room_id].until <= now, self._tombstones)):
-            del self._tombstones[room_id]
+                self._on_deadline(room)
+        self._tombstones.expire(now)
         self.counts.num_rooms = len(self._rooms)
 
     def wait(self) -> None:
@@ -166,7 +126,7 @@ class Sender:
             if time.monotonic() > deadline:
                 return False
             for room in self._rooms.values():
-                self._look(room)
+                room.look(self._agent, self._clock())
             time.sleep(NAP_S)
         self.mailbox.attach(None)
         self.counts.num_rooms = 0
@@ -182,7 +142,7 @@ class Sender:
             case OpenRoom():
                 self._open(command, room)
             case CancelRoom() if room is not None:
-                self._drain(command.room, room, command.error, code=command.code, leg="prefill")
+                self._drain(room, command.error, code=command.code, leg="prefill")
             case PagesReady() if room is not None:
                 room.ready_pages += command.pages
             case FinishRoom() if room is not None:
@@ -191,14 +151,14 @@ class Sender:
             case _:
                 self.counts.num_dropped += 1  # the room has closed meanwhile, and the engine will hear of it
 
-    def _open(self, command: OpenRoom, room: _Room | None) -> None:
-        if (tombstone := self._tombstones.get(command.room)) is not None:
-            self.mailbox.emit(RoomClosed(command.room, _GIVEN_UP, code=tombstone.code))
+    def _open(self, command: OpenRoom, room: OutgoingRoom | None) -> None:
+        if (code := self._tombstones.code_of(command.room)) is not None:
+            self.mailbox.emit(RoomClosed(command.room, _GIVEN_UP, code=code))
         elif room is None:
-            self._rooms[command.room] = _Room(SenderState.OFFERED, opened=command)
+            self._rooms[command.room] = OutgoingRoom(command.room, SenderState.OFFERED, opened=command)
         elif room.opened is None:
             room.opened, room.deadline = command, math.inf
-            self._match(command.room, room)
+            self._match(room)
         else:
             self.mailbox.emit(RoomClosed(command.room, "this room is in use by another request"))
 
@@ -247,9 +207,9 @@ class Sender:
         lost = self._peers.lost(self._now)
         if not lost:
             return
-        for room_id, room in list(self._rooms.items()):
+        for room in list(self._rooms.values()):
             if room.peer in lost and room.state is not SenderState.DRAINING:
-                self._drain(room_id, room, lost[room.peer])
+                self._drain(room, lost[room.peer])
         self._peers.forget(self._now, {room.peer for room in self._rooms.values() if room.peer is not None})
 
     def _ask(self, peer: str, request: KvRequest) -> None:
@@ -259,23 +219,23 @@ class Sender:
             if refusal is None:
                 refusal, stage = "the prefill worker has no handshake with this decode worker", "handshake"
             self._send_closed(peer, request.room, request.generation, refusal, stage=stage)
-        elif (tombstone := self._tombstones.get(request.room)) is not None:
+        elif (code := self._tombstones.code_of(request.room)) is not None:
             closed = "the prefill worker has closed this room"
-            self._send_closed(peer, request.room, request.generation, closed, code=tombstone.code)
+            self._send_closed(peer, request.room, request.generation, closed, code=code)
         elif refusal := self._refusal(peer, known, request, room):
             self._send_closed(peer, request.room, request.generation, refusal)
         elif room is None:
             deadline = self._now + self._options.lease_s
-            self._rooms[request.room] = _Room(
-                SenderState.ASKED, deadline, peer=peer, request=request, asked_at=self._clock()
+            self._rooms[request.room] = OutgoingRoom(
+                request.room, SenderState.ASKED, deadline, peer=peer, request=request, asked_at=self._clock()
             )
         elif room.request is None:
             room.peer, room.request, room.asked_at = peer, request, self._clock()
-            self._match(request.room, room)
+            self._match(room)
         else:
             self.counts.num_dropped += 1  # a duplicate
 
-    def _refusal(self, peer: str, known: Peer, request: KvRequest, room: _Room | None) -> str | None:
+    def _refusal(self, peer: str, known: Peer, request: KvRequest, room: OutgoingRoom | None) -> str | None:
         pool = known.pool
         if not (1 <= request.room <= MAX_ROOM and 1 <= request.generation <= MAX_GENERATION):
             return f"there is no room {request.room} of generation {request.generation}"
@@ -293,13 +253,13 @@ class Sender:
     def _abort(self, peer: str, abort: KvAbort) -> None:
         room = self._rooms.get(abort.room)
         if room is not None and (room.peer, room.generation) == (peer, abort.generation):
-            self._drain(abort.room, room, _GIVEN_UP, code=abort.code)  # closing answers it
+            self._drain(room, _GIVEN_UP, code=abort.code)  # closing answers it
             return
         if room is None:
             # Its KvRequest was answered already, or its prefill leg is still to come and shall do nothing.
-            self._bury(abort.room, abort.code)
+            self._tombstones.bury(abort.room, abort.code, self._now)
         elif room.request is None and room.peer in (None, peer):
-            self._drain(abort.room, room, _GIVEN_UP, code=abort.code)  # given up before it was asked for
+            self._drain(room, _GIVEN_UP, code=abort.code)  # given up before it was asked for
         if abort.generation > 0:
             self._send_closed(peer, abort.room, abort.generation, None)
 
@@ -319,64 +279,33 @@ class Sender:
 
     # -------------------------------------------------------------------------------------------- rooms
 
-    def _match(self, room_id: int, room: _Room) -> None:
+    def _match(self, room: OutgoingRoom) -> None:
         """Both sides are known: they must mean the same prompt."""
-        assert room.opened is not None
-        assert room.request is not None
         room.state = advance(room.state, SenderState.SENDING)
-        offered = (room.opened.prompt_tokens, room.opened.prompt_digest)
-        asked = (room.request.prompt_tokens, room.request.prompt_digest)
-        if offered != asked:
-            message = (
-                f"the workers tokenised the prompt differently: {offered[0]} tokens on prefill, {asked[0]} on decode"
-            )
-            self._drain(room_id, room, message)
+        if (mismatch := room.mismatch) is not None:
+            self._drain(room, mismatch)
 
-    def _progress(self, room_id: int, room: _Room) -> None:
+    def _progress(self, room: OutgoingRoom) -> None:
         """Post what has become ready, look at posted writes, close the room when all is done."""
         if room.state is SenderState.SENDING:
-            self._post(room_id, room)
-        if self._look(room):
-            self._drain(room_id, room, "a KV write failed: the decode worker is gone or refused it")
+            self._post(room)
+        if room.look(self._agent, self._clock()):
+            self._drain(room, "a KV write failed: the decode worker is gone or refused it")
         sent = room.state is SenderState.SENDING and room.finished is not None
         if not room.in_progress and (sent or room.state is SenderState.DRAINING):
-            self._close(room_id, room)
+            self._close(room)
 
-    def _look(self, room: _Room) -> bool:
-        """Look once at each write in progress; whether one has failed."""
-        if not room.in_progress:
-            return False
-        states = [(write, self._agent.poll(write)) for write in room.in_progress]
-        room.in_progress = [write for write, state in states if state is WriteState.IN_PROGRESS]
-        if not room.in_progress:
-            room.write_seconds += self._clock() - room.writing_since
-        return any(state is WriteState.FAILED for _, state in states)
-
-    def _post(self, room_id: int, room: _Room) -> None:
-        assert room.request is not None
-        assert room.peer is not None
-        first = room.request.first_page
-        begin, end = max(first, room.num_posted_pages), len(room.ready_pages)
-        if begin >= end:
-            return
-        posted_at = self._clock()
-        tag = WriteTag(room_id, room.request.generation, room.num_writes).encode()
+    def _post(self, room: OutgoingRoom) -> None:
         try:
-            write = self._agent.write(
-                room.peer, room.ready_pages[begin:end], room.request.pages[begin - first : end - first], tag
-            )
+            write = room.post(self._agent, self._clock())
         except TransferError as error:
-            self._drain(room_id, room, str(error))
+            self._drain(room, str(error))
             return
-        room.num_posted_pages = end
-        room.num_writes += 1
-        if not room.in_progress:
-            room.writing_since = posted_at
-        room.in_progress.append(write)
-        self.counts.num_writes += 1
-        self.counts.num_bytes += write.num_bytes
+        if write is not None:
+            self.counts.num_writes += 1
+            self.counts.num_bytes += write.num_bytes
 
-    def _drain(self, room_id: int, room: _Room, error: str, *, code: str = "leg_failed", leg: Leg = "decode") -> None:
+    def _drain(self, room: OutgoingRoom, error: str, *, code: str = "leg_failed", leg: Leg = "decode") -> None:
         """Post no more; close at once if nothing is in progress, else when it has completed."""
         if room.error is None:
             room.error, room.code, room.leg = error, code, leg
@@ -385,54 +314,31 @@ class Sender:
             if room.state is not SenderState.DRAINING:
                 room.state = advance(room.state, SenderState.DRAINING)
         else:
-            self._close(room_id, room)
+            self._close(room)
 
-    def _close(self, room_id: int, room: _Room) -> None:
+    def _close(self, room: OutgoingRoom) -> None:
         if room.state is SenderState.CLOSED:
             return
         room.state = advance(room.state, SenderState.CLOSED)
         if room.request is not None and room.peer is not None:
-            generation = room.request.generation
             if room.error is None:
-                assert room.finished is not None
-                total = room.request.first_page + len(room.request.pages)
-                assert max(room.num_posted_pages, room.request.first_page) == total, "a page was not reported"
-                done = KvDone(
-                    room=room_id,
-                    generation=generation,
-                    num_writes=room.num_writes,
-                    write_seconds=room.write_seconds,
-                    exposed_seconds=self._clock() - max(room.finished.computed_at, room.asked_at),
-                    first_token=room.finished.first_token,
-                    prompt_versions=room.finished.prompt_versions,
-                )
-                self._link.send(room.peer, done)
+                self._link.send(room.peer, room.done(self._clock()))
             else:
-                self._send_closed(room.peer, room_id, generation, room.error, code=room.code, leg=room.leg)
+                generation = room.request.generation
+                self._send_closed(room.peer, room.number, generation, room.error, code=room.code, leg=room.leg)
         if room.opened is not None:
-            self.mailbox.emit(RoomClosed(room_id, room.error, room.leg, room.code))
-        del self._rooms[room_id]
-        self._bury(room_id, room.code)
+            self.mailbox.emit(RoomClosed(room.number, room.error, room.leg, room.code))
+        del self._rooms[room.number]
+        self._tombstones.bury(room.number, room.code, self._now)
 
-    def _bury(self, room_id: int, code: str) -> None:
-        """Remember a closed room for longer than any lease: a late message or a late start of it does nothing."""
-        self._tombstones.pop(room_id, None)  # those that last longest are last
-        if len(self._tombstones) >= _MAX_TOMBSTONES:
-            del self._tombstones[next(iter(self._tombstones))]
-        until = self._now + 2 * max(self._options.lease_s, self._options.transfer_deadline_s)
-        self._tombstones[room_id] = _Tombstone(until, code)
-
-    def _on_deadline(self, room_id: int, room: _Room) -> None:
+    def _on_deadline(self, room: OutgoingRoom) -> None:
+        lease = f"{self._options.lease_s:g} s"
         match room.state:
             case SenderState.OFFERED:
-                self._drain(
-                    room_id, room, f"no decode worker has shown interest in the KV for {self._options.lease_s:g} s"
-                )
+                self._drain(room, f"no decode worker has shown interest in the KV for {lease}")
             case SenderState.ASKED:
-                self._drain(
-                    room_id, room, f"the prefill leg did not arrive within {self._options.lease_s:g} s", leg="prefill"
-                )
+                self._drain(room, f"the prefill leg did not arrive within {lease}", leg="prefill")
             case SenderState.SENDING:
-                self._drain(room_id, room, f"the KV writes took more than {self._options.lease_s:g} s")
+                self._drain(room, f"the KV writes took more than {lease}")
             case SenderState.DRAINING | SenderState.CLOSED:
                 pass

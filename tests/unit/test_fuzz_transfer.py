@@ -232,7 +232,7 @@ class Rig(Bench):
             return
         assert self.receiver.num_rooms == 0
         self.sleep(LONGEST_S)
-        assert self.sender._tombstones == {}
+        assert len(self.sender._tombstones) == 0
         assert torch.equal(self.network.agents[PREFILL].pages, self.prompt)
         for name, allowed in self.allowed.items():
             pages = self.network.agents[name].pages
@@ -416,4 +416,4 @@ def test_a_tombstone_that_is_renewed_does_not_keep_the_others():
     rig.sleep(OPTIONS.transfer_deadline_s)
     rig.say(STRANGER, PREFILL, KvAbort(to="", room=10, generation=0))
     rig.sleep(OPTIONS.transfer_deadline_s + 1)
-    assert list(rig.sender._tombstones) == [10]
+    assert [room for room in range(10, 20) if room in rig.sender._tombstones] == [10]
