@@ -20,6 +20,8 @@ from tests.support.recorder import Leg
 
 PROMPTS = [prompt for prompt in random_prompts(3, 12, longest=60) if len(prompt) > 20][:3]
 NEW_TOKENS = 14
+VERSION = "default"
+"""What an engine's weights are called if nobody says."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -64,8 +66,8 @@ def going_on(prompt: list[int], options: RequestOptions, index: int, output_ids:
         text="",
         output_ids=output_ids,
         finish_reason=None,  # type: ignore[arg-type]
-        weight_version="w",
-        weight_versions=whole(0, len(prompt), "w"),
+        weight_version=VERSION,
+        weight_versions=whole(0, len(prompt), VERSION),
         logprobs=Logprobs(),
         rows=None,
         timings={},
