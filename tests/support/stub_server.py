@@ -25,11 +25,14 @@ class StubOptions(Struct, frozen=True, kw_only=True):
 
 
 class Health:
-    """What /health answers. POST /misbehave?status=S&text=T&count=N changes the next N answers; GET /misbehaved counts those."""
+    """What /health answers; a router at first says `num_unseen` times that it has not asked its workers yet.
 
-    def __init__(self, fault: str, workers: list[str], seen: str) -> None:
+    POST /misbehave?status=S&text=T&count=N changes the next N answers; GET /misbehaved counts all those.
+    """
+
+    def __init__(self, fault: str, workers: list[str], num_unseen: int) -> None:
         self._workers = workers
-        self._seen = seen
+        self._num_unseen = num_unseen
         self._text = fault
         self._status = 500
         self._num_left = sys.maxsize if fault in ("sick", "unhealthy") else 0
@@ -45,7 +48,9 @@ class Health:
 
     async def answer(self, request: web.Request) -> web.Response:
         if self._num_left == 0:
-            return web.json_response({"workers": [{"url": url, "status": self._seen} for url in self._workers]})
+            status = "not asked yet" if self._num_given < self._num_unseen else "ok"
+            self._num_given += status != "ok"
+            return web.json_response({"workers": [{"url": url, "status": status} for url in self._workers]})
         self._num_left -= 1
         self._num_given += 1
         return web.Response(status=self._status, text=self._text)
@@ -64,7 +69,7 @@ class StubRouterOptions(Struct, frozen=True, kw_only=True):
     prefill: Annotated[tuple[tuple[str, int], ...], option("prefill worker", metavar=("URL", "BOOTSTRAP_PORT"))] = ()
     decode: Annotated[tuple[str, ...], option("decode worker")] = ()
     worker: Annotated[tuple[str, ...], option("aggregated worker")] = ()
-    seen: Annotated[str, option("what it says of each worker")] = "ok"
+    unseen: Annotated[int, option("so many answers name workers that it has not asked yet")] = 0
     policy: Annotated[Literal["random", "round_robin"], option("which pair")] = "random"
 
 
@@ -107,14 +112,14 @@ def main(argv: list[str]) -> int:
     """Serve until told to stop."""
     print("a line on stdout that must not reach the launcher's stdout")
     workers: list[str] = []
-    seen = "ok"
+    num_unseen = 0
     stub = StubOptions()
     if any(word.startswith("--bootstrap-port") for word in argv):
         prefill = parse_config(StubPrefillConfig, argv, prog="stub", description="")
         server, stub = prefill.server, prefill.stub
     elif "--decode" in argv or "--worker" in argv:
         router = parse_config(StubRouterConfig, argv, prog="stub", description="")
-        server, seen = router.server, router.router.seen
+        server, num_unseen = router.server, router.router.unseen
         workers = [*(url for url, _ in router.router.prefill), *router.router.decode, *router.router.worker]
     else:
         decode = parse_config(StubDecodeConfig, argv, prog="stub", description="")
@@ -126,7 +131,7 @@ def main(argv: list[str]) -> int:
 
     ensure_port_free(server.host, server.port)
     is_sick = bool(stub.sick_file) and Path(stub.sick_file).exists()
-    health = Health("sick" if is_sick else stub.fault, workers, seen)
+    health = Health("sick" if is_sick else stub.fault, workers, num_unseen)
 
     async def health_generate(request: web.Request) -> web.Response:
         async with ClientSession() as session:
