@@ -10,6 +10,9 @@ from typing import Literal
 
 from msgspec import Struct
 
+PauseMode = Literal["abort", "retract", "in_place"]
+"""What a pause does to open requests: end them with what they have, send them elsewhere later, or keep them as they are."""
+
 
 class Pause(Struct, frozen=True, tag=True):
     """Plan no more steps, and keep all requests as they are; done when no step is in flight any more."""

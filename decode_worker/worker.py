@@ -137,10 +137,11 @@ class DecodeWorker:
             self._generation.let_go(request)  # given up while the last words crossed
             return
         self._arrived[request] = event
-        for follower in [f for f, leader in self._leaders.items() if leader is request]:
+        followers = [follower for follower, leader in self._leaders.items() if leader is request]
+        for follower in followers:
             del self._leaders[follower]
-            self._begin(follower)
-        self._begin(request)
+        for sample in (*followers, request):  # one that fails ends the others
+            self._begin(sample)
 
     def _begin(self, request: Request) -> None:
         """Let a sample run, once its own KV and that of the pages it shares are here."""

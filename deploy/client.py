@@ -9,16 +9,15 @@ What is tried again is said at `deploy.connection.Retries`. It needs no torch: `
 """
 
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
+from common.orders import PauseMode
 from deploy.answers import Answer, MalformedReplyError, Progress, ReplyForm, accept_of, as_event, decode_object
 from deploy.connection import Connection
 from deploy.replies import Ask, Reply, join_replies, make_ask, read_reply, rest_of
 from deploy.session import Session
-
-PauseMode = Literal["abort", "retract", "in_place"]
 
 
 class TandemClient(Connection):

@@ -83,8 +83,8 @@ class Session:
                 raise ValueError("no turn has been answered yet")
             prompt, asked, partial = self._last
             reply = await self._client.resume(partial, prompt, **asked)
-            self.bytes_received -= partial.num_bytes
             self._take(prompt, asked, reply, held=self.num_rows)
+            self.bytes_received -= partial.num_bytes
             return reply
 
     def _take(self, prompt: list[int], asked: dict[str, Any], reply: Reply, *, held: int) -> None:

@@ -171,7 +171,8 @@ class PrefillWorker:
         version = self._engine.weight_version
         for request in list(self._scheduler.running):
             if not request.may_go_on_under(version):
-                report = ErrorReport.of(MixedVersions((*request.versions, version)), rid=request.rid)
+                versions = (*request.message.options.resumed_versions, *request.versions, version)
+                report = ErrorReport.of(MixedVersions(versions), rid=request.rid)
                 self._fail(request, ReportedError(report))  # ready, so that it is no leg's
             elif request.is_resumed and not request.is_all_of(version):
                 self._finish_early(request, "retracted")

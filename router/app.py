@@ -1,7 +1,7 @@
 """The router's application: its parts put together, and a route for each thing that it can be asked.
 
 Neighbours: `generate_api` and `openai_api` (the routes that generate), `intake` (what those share), `pause_api` and `orders_api`
-(a trainer's orders), `control` (the other routes), `health` (runs beside them), `process` (runs this).
+(a trainer's orders), `workers_api`, `control` (the other routes), `health` (runs beside them), `process` (runs this).
 """
 
 import asyncio

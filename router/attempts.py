@@ -23,7 +23,7 @@ from msgspec.structs import replace
 
 from common.errors import MEMORY_RELEASED, Retracted, TandemError
 from common.ids import new_rid
-from common.messages import ErrorReport, ReportedError
+from common.messages import ErrorReport, ReportedError, WorkerKind
 from common.protocol.generate import Sample
 from router.aborts import Aborts
 from router.alone import Alone
@@ -146,20 +146,23 @@ class Attempts:
         except TandemError as error:
             raise ReportedError(prompt.told(ErrorReport.of(error))) from error
 
-    async def _look(self) -> None:
+    async def _look(self, sample: Sample) -> None:
         """If a leg has nobody to take it, see whether that is still so: a worker may have become well since it was asked."""
-        if self._membership.is_short:
+        if self._membership.is_short(self._roles(sample)):
             await self._ask_unwell()
 
     def _pick(self, sample: Sample, failed: list[Worker]) -> tuple[Worker, ...]:
-        """Pick the workers of an attempt. A prompt that asks for no tokens needs no decode worker."""
-        pick = self._membership.pick
+        """Pick the workers of an attempt."""
+        first, *others = self._roles(sample)
+        worker = self._membership.pick(first, sample, failed=failed)
+        version = worker.weight_version
+        return worker, *(self._membership.pick(role, sample, failed=failed, version=version) for role in others)
+
+    def _roles(self, sample: Sample) -> tuple[WorkerKind, ...]:
+        """Say whose legs a prompt takes, in order. One that asks for no tokens needs no decode worker."""
         if not self._membership.has_pairs:
-            return (pick("aggregated", sample, failed=failed),)
-        prefill = pick("prefill", sample, failed=failed)
-        if sample.options.sampling.max_new_tokens == 0:
-            return (prefill,)
-        return prefill, pick("decode", sample, failed=failed, version=prefill.weight_version)
+            return ("aggregated",)
+        return ("prefill",) if sample.options.sampling.max_new_tokens == 0 else ("prefill", "decode")
 
 
 def _start_over(sample: Sample, answers: Collection[Answer]) -> None:
@@ -178,7 +181,7 @@ class _Prompt:
         deadline: float,
         retries_left: int,
         pick: Callable[[Sample, list[Worker]], tuple[Worker, ...]],
-        look: Callable[[], Awaitable[None]],
+        look: Callable[[Sample], Awaitable[None]],
         gate: Gate,
         aborts: Aborts,
         metrics: RouterMetrics,
@@ -203,7 +206,7 @@ class _Prompt:
         await self._gate.wait(self._entry, self._deadline)
         with suppress(TimeoutError):
             async with asyncio.timeout_at(self._deadline):
-                await self._look()
+                await self._look(self._sample)
         await self._gate.wait(self._entry, self._deadline)  # it may have closed meanwhile
         return not self._entry.is_aborted
 
@@ -246,6 +249,7 @@ class _Prompt:
         await asyncio.sleep(pause_s)
         if last.code == Retracted.code:
             self._metrics.resumed.labels("prompt").inc()
+            self._last = None  # that was nobody's failure
             return
         # Somebody who wants its end wants no other attempt.
         if self._entry.is_aborted:

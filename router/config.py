@@ -37,7 +37,7 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
     balance_rel_threshold: Annotated[
         float, option("cache_aware: how many times as many it may have; both must be exceeded", gt=0)
     ] = 1.5
-    verify_rows: Annotated[bool, option("check every routed-expert row once more after the merge")] = True
+    verify_rows: Annotated[bool, option("check every routed-expert row of a leg once more before the merge")] = True
     max_retries: Annotated[
         int, option("how often a prompt is tried again if a leg fails before anything was sent to the client", ge=0)
     ] = 2
@@ -72,7 +72,10 @@ class RouterOptions(Struct, frozen=True, kw_only=True):
         int, option("largest reply, or event of a stream, that a worker may send", unit="bytes", ge=1024)
     ] = 2 * 2**30
     control_deadline_s: Annotated[
-        float, option("longest time that a worker may take to flush its cache or abort", unit="s", gt=0)
+        float,
+        option(
+            "longest time that a worker may take to flush its cache, abort, pause, continue or leave", unit="s", gt=0
+        ),
     ] = 30.0
     weights_deadline_s: Annotated[
         float, option("longest time that a worker may take for an order about weights or memory", unit="s", gt=0)

@@ -1,6 +1,6 @@
 """The router's orderly end: what runs may end, and nothing new begins.
 
-Neighbours: `intake` (counts every request here), `process` (begins the end), `control` (tells of it).
+Neighbours: `intake` (counts every request here), `process` (begins the end), `workers_api` (tells of it).
 """
 
 import asyncio

@@ -74,14 +74,14 @@ class HealthChecks:
         All who come meanwhile wait for the next round together: what this one asked for may be out of date.
         """
         if self._next_round is None:
-            self._next_round = asyncio.create_task(self._ask_round(self._round))
+            self._next_round = asyncio.create_task(self._ask_round())
         await asyncio.shield(self._next_round)
 
-    async def _ask_round(self, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
+    async def _ask_round(self) -> None:
+        if self._round is not None:
+            await asyncio.wait([self._round])
         self._round, self._next_round = self._next_round, None
-        unwell = [worker for worker in self._membership.workers if worker.unhealthy_reason is not None]
+        unwell = [worker for worker in self._membership.workers if worker.is_unwell]
         await asyncio.gather(*map(self._ask_in_time, unwell))
 
     async def _ask_in_time(self, worker: Worker) -> None:

@@ -60,12 +60,13 @@ class Membership:
         """Whether a request takes two workers."""
         return not any(self._staying("aggregated"))
 
-    @property
-    def is_short(self) -> bool:
-        """Whether some leg of a prompt has workers, and none that can take it."""
-        roles: Sequence[WorkerKind] = ("prefill", "decode") if self.has_pairs else ("aggregated",)
-        members = (self._workers[role] for role in roles)
-        return any(workers and all(worker.obstacle is not None for worker in workers) for workers in members)
+    def is_short(self, roles: Sequence[WorkerKind]) -> bool:
+        """Whether in one of these roles nobody can take a leg, and somebody might if it was well."""
+        members = [self._workers[role] for role in roles]
+        return any(
+            all(worker.obstacle is not None for worker in workers) and any(worker.is_unwell for worker in workers)
+            for workers in members
+        )
 
     def find(self, name: str) -> Worker | None:
         """Find a worker by its id or its URL; of two with one URL the one that stays."""

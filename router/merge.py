@@ -4,8 +4,8 @@
     decode              [P ........ P+G-1) surplus
     merged    [s .................. P+G-1)
 
-Pure: it knows no leg, no request and no HTTP. It never overlays, never fills and never guesses. Neighbours: `pair`
-calls it, `common.routed_experts.codec` gives the bytes their shape.
+Pure: it knows no leg, no request and no HTTP. It never overlays, never fills and never guesses. Neighbours: `combine`
+calls it, also for `seam`; `common.routed_experts.codec` gives the bytes their shape.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The router's Prometheus metrics, in a registry of their own, so that two routers can live in one process.
 
-Neighbours: `intake` (requests), `attempts` (failures, retries and rows), `membership` (what is known of each worker, read at each
-scrape).
+Neighbours: `intake` (requests), `resume` (failures), `attempts` (retries and rows), `membership` (what is known of each
+worker, read at each scrape).
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ class RouterMetrics:
     def __init__(self, membership: Membership) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
-            "tandem_router_requests", "Requests to /generate by final status", ["status"], registry=self.registry
+            "tandem_router_requests", "Requests that generate, by final status", ["status"], registry=self.registry
         )
         self.request_seconds = Histogram(
             "tandem_router_request_seconds",

@@ -69,9 +69,11 @@ class PauseApi:
     async def continue_generation(self, _: web.Request) -> web.Response:
         """Have all workers go on: 200 if all do. The gate opens in any case: one that is gone must not hold the others."""
         async with self._turn:
-            told = await self._fanout.tell_all("/continue_generation", {}, self._deadline_s)
-            await self._look()  # those whose memory was released are back
-            self._gate.open()
+            try:
+                told = await self._fanout.tell_all("/continue_generation", {}, self._deadline_s)
+                await self._look()  # those whose memory was released are back
+            finally:
+                self._gate.open()  # even if whoever asked has left meanwhile
         return outcome(told, {"workers": _reports(told)})
 
 

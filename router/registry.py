@@ -1,7 +1,7 @@
 """The prompts that are open at the moment, by the names that their clients gave them.
 
-It sends nothing. Neighbours: `resume` (enters every prompt here), `attempts` (says where it runs), `aborts` and `control` (find
-here what is to end), `gate`.
+It sends nothing. Neighbours: `resume` (enters every prompt here), `attempts` (says where it runs), `control`, `pause_api` and
+`orders_api` (find here what is to end), `gate`.
 """
 
 import asyncio

@@ -32,11 +32,12 @@ class Spool:
 @asynccontextmanager
 async def spooled(content: aiohttp.StreamReader, max_bytes: int) -> AsyncIterator[Spool]:
     """Take a body, which is kept as long as the block lasts. Raises HTTPRequestEntityTooLarge."""
-    with tempfile.TemporaryFile(buffering=0) as file:
+    with tempfile.TemporaryFile() as file:
         num_bytes = 0
         async for chunk in content.iter_chunked(_PART_BYTES):
             num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 raise web.HTTPRequestEntityTooLarge(max_bytes, num_bytes)
             await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(file.flush)
         yield Spool(file, num_bytes)

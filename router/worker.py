@@ -127,6 +127,11 @@ class Worker:
         return f"{self.role} {'worker' if self.leg is None else 'leg'} on {self.url}"
 
     @property
+    def is_unwell(self) -> bool:
+        """Whether its health is all that it lacks, as far as is known."""
+        return self.unhealthy_reason is not None and not self.is_draining
+
+    @property
     def obstacle(self) -> str | None:
         """Why it can take no leg; None if it can."""
         if self.is_draining:

@@ -20,7 +20,7 @@ from transfer.state import SenderState
 
 @dataclass(slots=True)
 class OutgoingRoom:
-    """A room. Times are in the sender's clock."""
+    """A room. `deadline` is in the time of the sender's turns, all else in its clock."""
 
     number: int
     state: SenderState

@@ -22,7 +22,7 @@ from common.routed_experts.collect import collect, make_block
 from common.routed_experts.host_cache import Slots, WriteTicket
 from common.routed_experts.spec import rows_of
 from common.scheduling.request import Request
-from common.versions import Spans, cut
+from common.versions import Spans
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +62,7 @@ class RowCollector:
         if request.message.options.return_routed_experts and self._executor is not None and self._are_many(start, stop):
             slots = self._slots_of(request, start, stop)
             ticket = self._engine.host_cache.reserve(slots)
-            future = self._executor.submit(
-                self._gather_early, ticket, start, request.rid, request.versions_of(start, stop)
-            )
+            future = self._executor.submit(self._gather_early, ticket, start, request.rid)
             self._early[request] = _Early(start, stop, future)
 
     def forget(self, request: Request) -> None:
@@ -121,9 +119,9 @@ class RowCollector:
         cache, verified = self._engine.host_cache, self._verified
         return collect(cache, slots, start=start, rid=rid, weight_versions=versions, verified=verified)
 
-    def _gather_early(self, ticket: WriteTicket, start: int, rid: str, versions: Spans) -> "host_cache.Rows | None":
+    def _gather_early(self, ticket: WriteTicket, start: int, rid: str) -> "host_cache.Rows | None":
         """Gather rows whose pages nobody holds for us: they may have changed hands before the copy was complete."""
-        block = _attempt(rid, self._gather, ticket.slots, start, rid, versions)
+        block = _attempt(rid, self._gather, ticket.slots, start, rid, ())
         if isinstance(block, RowBlock) and self._engine.host_cache.is_current(ticket):
             return rows_of(np.frombuffer(block.data, dtype=np.uint8), block.header)
         return None
@@ -133,7 +131,7 @@ class RowCollector:
         rows = early.rows.result()
         if rows is None:
             return self._gather(slots, early.start, rid, versions)
-        rest = self._gather(slots[len(rows) :], early.stop, rid, cut(versions, early.stop, early.start + len(slots)))
+        rest = self._gather(slots[len(rows) :], early.stop, rid, ())
         rows = np.concatenate((rows, rows_of(np.frombuffer(rest.data, dtype=np.uint8), rest.header)))
         # Both parts have been verified.
         return self._make_block(rows, early.start, versions, False)

@@ -76,6 +76,7 @@ class Match:
     """Those that are not."""
     fp8_block: tuple[int, int] | None
 
+    @torch.no_grad()
     def fill(self, name: str, fetch: Fetch) -> None:
         """Copy the rank's parts of one stored tensor into their views.
 

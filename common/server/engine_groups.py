@@ -34,14 +34,15 @@ class EngineGroups:
         self._leg = leg
         self._by_turn = list(engines)
         """The one that was chosen longest ago comes first."""
-        self._broken: ErrorReport | None = None
+        self.broken: ErrorReport | None = None
+        """Why nothing is served, though the groups may be well."""
         self._shut: ErrorReport | None = None
 
     @property
     def refusal(self) -> ErrorReport | None:
         """Why no request can be served now; None if all groups are well, and one of them is not crowded."""
-        if self._broken is not None or self._shut is not None:
-            return self._broken or self._shut
+        if self.broken is not None or self._shut is not None:
+            return self.broken or self._shut
         unwell = [engine for engine in self._engines if engine.refusal is not None]
         for engine in unwell:
             if not engine.is_crowded:
@@ -51,7 +52,7 @@ class EngineGroups:
     @property
     def is_crowded(self) -> bool:
         """Whether all groups are well but for pages in quarantine: the requests that they have go on."""
-        is_shut = self._broken is not None or self._shut is not None
+        is_shut = self.broken is not None or self._shut is not None
         return not is_shut and all(engine.is_crowded for engine in self._engines)
 
     @property
@@ -88,13 +89,13 @@ class EngineGroups:
 
     def break_down(self, error: ErrorReport) -> None:
         """Serve nothing until `mend`: what is open fails, what comes is refused. The groups themselves may be well."""
-        self._broken = error
+        self.broken = error
         for engine in self._engines:
             engine.abandon(error)
 
     def mend(self) -> None:
         """Serve again."""
-        self._broken = None
+        self.broken = None
 
     def shut(self, error: ErrorReport) -> None:
         """Take no request until `open`; what is open goes on."""

@@ -55,15 +55,12 @@ class Occupation:
             return "nothing was left to release"
         if self._engine.num_open_samples and not updates.is_paused:  # nobody may have told them to end
             raise self._refusal(f"requests are open; {_HOW_TO_END_THEM}")
-        updates.released = [*was_released, *held]
-        self._engine.shut(self._report(f"memory is released: {', '.join(updates.released)}"))
+        self._set_released([*was_released, *held])
         try:
             if error := await self._carry_out(AwaitIdle(_UNNUMBERED, _IDLE_S)):
                 raise self._refusal(f"{error}; {_HOW_TO_END_THEM}")
         except TandemError:
-            updates.released = was_released
-            if not was_released:
-                self._engine.open()
+            self._set_released(was_released)
             raise
         if error := await self._carry_out(ReleaseMemory(_UNNUMBERED, held)):
             raise ReportedError(self._report(f"not all memory could be released; resume it: {error}"))
@@ -85,11 +82,17 @@ class Occupation:
             error = await self._carry_out(WarmUp(_UNNUMBERED))
         if error:
             raise ReportedError(self._report(f"memory could not be resumed: {error}"))
-        self._updates.released = left
-        if not left:
-            self._engine.open()
+        self._set_released(left)
         log.info("memory is resumed: %s", ", ".join(missing))
         return f"resumed: {', '.join(missing)}"
+
+    def _set_released(self, kinds: list[MemoryKind]) -> None:
+        """Note what is away; as long as that is something, no request comes in."""
+        self._updates.released = kinds
+        if kinds:
+            self._engine.shut(self._report(f"memory is released: {', '.join(kinds)}"))
+        else:
+            self._engine.open()
 
     async def _carry_out(self, order: Order) -> str | None:
         """Returns the first error."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 from common.errors import TandemError
 from common.messages import EndCause, ErrorReport, Leg, ReportedError
@@ -24,6 +24,7 @@ from common.orders import (
     MemoryKind,
     Order,
     Pause,
+    PauseMode,
     SetWeightVersion,
     WeightSource,
 )
@@ -33,7 +34,6 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-PauseMode = Literal["abort", "retract", "in_place"]
 _ENDS: Final[dict[PauseMode, EndCause | None]] = {"abort": "requested", "retract": "retracted", "in_place": None}
 _UNNUMBERED: Final = 0
 """An order's serial is drawn when it is sent."""
@@ -56,10 +56,11 @@ class Updates:
         self._engine = engine
         self._deadline_s = deadline_s
         self._leg: Leg | None = leg
-        self._broken: ErrorReport | None = None
         self._num_updates = 0
         """Counted alike by all workers that take the same ones, so that weights without a name get the same name everywhere."""
         self._is_reserved = False
+        self._is_holding = False
+        """An update holds the engine, whatever the user wants; it lets go of it at its end."""
         self._running: asyncio.Task[Any] | None = None
 
     # -------------------------------------------------------------------------------------------- one at a time
@@ -109,7 +110,7 @@ class Updates:
 
     async def _resume(self) -> None:
         was_paused, self.is_paused = self.is_paused, False
-        if self._running is not None and not self._running.done():
+        if self._is_holding:
             return
         try:
             await self._engine.carry_out(Continue(_UNNUMBERED))
@@ -120,17 +121,20 @@ class Updates:
 
     @asynccontextmanager
     async def _held(self, *, abort_all: bool = False) -> AsyncIterator[None]:
+        self._is_holding = True
         try:
             await self._engine.carry_out(Pause(_UNNUMBERED))
             if abort_all:
                 self._engine.finish_now("", "requested")
             yield
         finally:
+            self._is_holding = False
             self._let_go()
 
     def _let_go(self) -> None:
-        """Have the engine held if the user has paused it, and only then; one that is silent will hear of it when it is back."""
-        self._engine.post(Pause(_UNNUMBERED) if self.is_paused else Continue(_UNNUMBERED))
+        """Have the engine held if somebody wants that, and only then; one that is silent will hear of it when it is back."""
+        is_held = self.is_paused or self._is_holding
+        self._engine.post(Pause(_UNNUMBERED) if is_held else Continue(_UNNUMBERED))
 
     # -------------------------------------------------------------------------------------------- updates
 
@@ -165,7 +169,6 @@ class Updates:
             if num_unsure:
                 self._break_down(f"{num_unsure} of the model's tensors are in doubt since an update failed")
                 return f"the tensors are loaded, and {num_unsure} others are in doubt still"
-            self._broken = None
             self._engine.mend()
         log.info("the weights are %r now", version)
         return "the weights are loaded"
@@ -180,8 +183,8 @@ class Updates:
 
     def check_end(self) -> None:
         """Raise ReportedError with status 503 if some tensors are in doubt."""
-        if self._broken is not None:
-            raise ReportedError(self._broken)
+        if self._engine.broken is not None:
+            raise ReportedError(self._engine.broken)
 
     @property
     def _takes_parts(self) -> bool:
@@ -220,7 +223,6 @@ class Updates:
     def _break_down(self, message: str) -> ErrorReport:
         log.error("%s", message)
         report = ErrorReport(status=503, message=message, code="weights_broken", leg=self._leg, stage="weights")
-        self._broken = report
         self._engine.break_down(report)
         return report
 

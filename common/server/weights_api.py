@@ -12,7 +12,7 @@ from aiohttp import web
 
 from common.errors import RequestError, TandemError
 from common.messages import ErrorReport, Leg
-from common.orders import JoinWeightGroup, PickledWeights, WeightBroadcast, WeightFiles, WeightSource
+from common.orders import JoinWeightGroup, WeightBroadcast, WeightFiles, WeightSource
 from common.protocol.fields import Fields, decode_object
 from common.protocol.replies import Reply, encode_json, error_fields
 from common.server.updates import Updates
@@ -28,8 +28,8 @@ from common.server.weights_bodies import (
     decode,
     folder_of,
     options_of,
-    pickles_of,
     receiving,
+    stored_pickles,
 )
 
 Update = Callable[[web.Request], Awaitable[str]]
@@ -156,7 +156,8 @@ class WeightsApi:
 
     async def _from_distributed(self, request: web.Request) -> str:
         async with receiving(request, max_bytes=self._max_bytes, deadline_s=self._deadline_s) as chunks:
-            asked = decode(b"".join([chunk async for chunk in chunks]), FromDistributed)
+            pieces = [chunk async for chunk in chunks]
+        asked = await asyncio.to_thread(lambda: decode(b"".join(pieces), FromDistributed))
         source = WeightBroadcast(
             group=asked.group_name,
             names=tuple(asked.names),
@@ -179,13 +180,8 @@ class WeightsApi:
                     message = f"send safetensors as {_BINARY}; pickles are taken with --allow-pickled-weights alone"
                     raise RequestError("Content-Type", message)
                 else:
-                    body = b"".join([chunk async for chunk in chunks])
-                    asked, pickles = await asyncio.to_thread(pickles_of, body)
-                    options = asked
-                    files = [stack.enter_context(MemoryFile()) for _ in pickles]
-                    for file, pickled in zip(files, pickles, strict=True):
-                        file.write(pickled)
-                    source = PickledWeights(tuple(file.path for file in files), asked.is_bucket)
+                    pieces = [chunk async for chunk in chunks]
+                    options, source = await asyncio.to_thread(stored_pickles, pieces, stack)
             kept = stack.pop_all()
 
         async def load() -> str:

@@ -4,11 +4,9 @@ Fields that are not known say nothing. Neighbour: `weights_api`.
 """
 
 import asyncio
-import base64
-import binascii
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -18,7 +16,7 @@ from msgspec import Meta, Struct
 
 from common.errors import DeadlineExceeded, RequestError
 from common.messages import ErrorReport, ReportedError
-from common.server.updates import PauseMode
+from common.orders import PauseMode, PickledWeights
 
 Body = TypeVar("Body", bound=Struct)
 
@@ -65,14 +63,14 @@ class FromDistributed(FromTrainer, kw_only=True):
 
     names: list[str]
     dtypes: list[str]
-    shapes: list[list[Annotated[int, Meta(ge=0)]]]
+    shapes: list[list[Annotated[int, Meta(ge=0, le=2**63 - 1)]]]
     group_name: str = "weight_update_group"
 
 
 class FromPickles(FromTrainer, kw_only=True):
     """Of /update_weights_from_tensor, in base64: one pickle, or one for each rank."""
 
-    serialized_named_tensors: list[str]
+    serialized_named_tensors: list[bytes]
 
 
 class InitGroup(Struct, kw_only=True):
@@ -149,13 +147,13 @@ def options_of(request: web.Request) -> FromFiles:
         raise RequestError(where.rstrip("`") or "query", what) from error
 
 
-def pickles_of(body: bytes) -> tuple[FromPickles, Sequence[bytes]]:
-    """Takes long for large bodies. Raises RequestError."""
-    asked = decode(body, FromPickles)
-    try:
-        return asked, [base64.b64decode(text, validate=True) for text in asked.serialized_named_tensors]
-    except (binascii.Error, ValueError) as error:
-        raise RequestError("serialized_named_tensors", f"not base64: {error}") from error
+def stored_pickles(pieces: Sequence[bytes], stack: ExitStack) -> tuple[FromPickles, PickledWeights]:
+    """Read a body of pickles and store each in a file that `stack` keeps. Takes long for large bodies. Raises RequestError."""
+    asked = decode(b"".join(pieces), FromPickles)
+    files = [stack.enter_context(MemoryFile()) for _ in asked.serialized_named_tensors]
+    for file, pickled in zip(files, asked.serialized_named_tensors, strict=True):
+        file.write(pickled)
+    return asked, PickledWeights(tuple(file.path for file in files), asked.is_bucket)
 
 
 @asynccontextmanager

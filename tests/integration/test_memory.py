@@ -18,6 +18,7 @@ from tests.support.checkpoints import SHAPES
 from tests.support.http_client import Client, Reply
 from tests.support.judge import Judge, Tally
 from tests.support.prompts import random_prompts
+from tests.support.trainer import halves
 
 SHAPE = "mixed"
 PROMPTS = [prompt for prompt in random_prompts(91, 24, longest=50) if len(prompt) > 1][:12]
@@ -76,17 +77,6 @@ async def serve(client: Client) -> list[Reply]:
     return await client.run_all([body_of(prompt) for prompt in PROMPTS])
 
 
-async def order(client: Client, path: str, **body: Any) -> dict[str, Any]:
-    status, answer = await client.post(body, path=path)
-    assert status == 200, answer
-    return dict(answer)
-
-
-async def flushed(worker: Client) -> None:
-    while (await worker.get("/flush_cache"))[0] != 200:
-        pass
-
-
 async def healths(client: Client) -> list[tuple[int, str, list[str]]]:
     """What each worker says of itself."""
     said = []
@@ -103,21 +93,21 @@ async def test_a_trainer_takes_the_memory_and_gives_it_back(
     async with Client(stack.url) as client:
         judge_all(judge_of(SHAPE), await serve(client))
         before = await client.quiet_stats()
-        await order(client, "/pause_generation", mode="retract")
-        await order(client, "/release_memory_occupation")
+        await client.told("/pause_generation", mode="retract")
+        await client.told("/release_memory_occupation")
         assert await healths(client) == [(503, "released", ["weights", "kv_cache"])] * 2
 
         waiting = asyncio.create_task(serve(client))
         status, answer = await client.post({"model_path": str(newer)}, path="/update_weights_from_disk")
         assert (status, answer["success"]) == (400, False)
         assert "released" in answer["message"]
-        await order(client, "/resume_memory_occupation", tags=["weights"])
+        await client.told("/resume_memory_occupation", tags=["weights"])
         assert await healths(client) == [(503, "released", ["kv_cache"])] * 2
-        await order(client, "/update_weights_from_disk", model_path=str(newer))
-        await order(client, "/resume_memory_occupation")
+        await client.told("/update_weights_from_disk", model_path=str(newer))
+        await client.told("/resume_memory_occupation")
         assert await healths(client) == [(200, "ok", [])] * 2
         assert not waiting.done()
-        await order(client, "/continue_generation")
+        await client.told("/continue_generation")
 
         judge_all(Judge(newer), await waiting)
         judge_all(Judge(newer), await serve(client))
@@ -128,24 +118,22 @@ async def test_a_trainer_takes_the_memory_and_gives_it_back(
             for counter in ("kv_bytes", "kv_writes", "dropped_messages", "steps", "rows_committed"):
                 assert stats[counter] >= before[role][counter]
             assert stats["kv_bytes"] > before[role]["kv_bytes"]
-        await order(client, "/update_weights_from_disk", model_path=str(checkpoint_of(SHAPE)))
+        await client.told("/update_weights_from_disk", model_path=str(checkpoint_of(SHAPE)))
 
 
 async def test_an_idle_pair_needs_no_pause(
     stack: Stack, checkpoint_of: Callable[[str], Path], judge_of: Callable[[str], Judge], newer: Path
 ):
     """Each worker is told by itself, as some trainers do it; and its weights come in two halves while its KV is away."""
-    tensors = load_file(newer / "model.safetensors")
-    names = list(tensors)
-    halves = [save({name: tensors[name] for name in part}) for part in (names[::2], names[1::2])]
+    bodies = [save(half) for half in halves(load_file(newer / "model.safetensors"))]
     async with Client(stack.url) as client, AsyncExitStack() as opened:
         workers = [await opened.enter_async_context(Client(worker_url(stack, role))) for role in ("prefill", "decode")]
         judge_all(judge_of(SHAPE), await serve(client))
         for worker in workers:
-            status, answer = await worker.post(halves[0], path=HALF)
+            status, answer = await worker.post(bodies[0], path=HALF)
             assert (status, "pause generation" in answer["message"]) == (400, True)
-            await flushed(worker)
-            await order(worker, "/release_memory_occupation")
+            await worker.until_good("/flush_cache")
+            await worker.told("/release_memory_occupation")
         assert await healths(client) == [(503, "released", ["weights", "kv_cache"])] * 2
         for worker in workers:
             status, answer = await worker.get("/health_generate")
@@ -153,38 +141,38 @@ async def test_an_idle_pair_needs_no_pause(
             for path in ("/flush_cache", "/v1/loads", "/metrics", "/get_server_info"):
                 assert (await worker.get(path))[0] == 200
             for path in ("/pause_generation", "/continue_generation", "/flush_cache"):
-                await order(worker, path)
-            status, answer = await worker.post(halves[0], path=HALF)
+                await worker.told(path)
+            status, answer = await worker.post(bodies[0], path=HALF)
             assert (status, "the weights' memory is released" in answer["message"]) == (400, True)
-            await order(worker, "/resume_memory_occupation", tags=["weights"])
-            for half in halves:
-                status, answer = await worker.post(half, path=HALF)
+            await worker.told("/resume_memory_occupation", tags=["weights"])
+            for body in bodies:
+                status, answer = await worker.post(body, path=HALF)
                 assert (status, answer["success"]) == (200, True), answer
-            await flushed(worker)
+            await worker.until_good("/flush_cache")
         assert await healths(client) == [(503, "released", ["kv_cache"])] * 2
         for worker in workers:
-            await order(worker, "/resume_memory_occupation", tags=["kv_cache", "cuda_graph"])
+            await worker.told("/resume_memory_occupation", tags=["kv_cache", "cuda_graph"])
         assert await healths(client) == [(200, "ok", [])] * 2
         # The router asks them again before it turns somebody away.
         judge_all(Judge(newer), await serve(client))
         await client.quiet_stats()
-        await order(client, "/update_weights_from_disk", model_path=str(checkpoint_of(SHAPE)))
+        await client.told("/update_weights_from_disk", model_path=str(checkpoint_of(SHAPE)))
 
 
 @pytest.mark.parametrize("paused", ["before", "between"])
 async def test_a_pause_outlives_the_release(stack: Stack, judge_of: Callable[[str], Judge], paused: str):
     async with Client(stack.url) as client, Client(worker_url(stack, "decode")) as worker:
         if paused == "before":
-            await order(worker, "/pause_generation")
-        await order(worker, "/release_memory_occupation", tags=["kv_cache"])
+            await worker.told("/pause_generation")
+        await worker.told("/release_memory_occupation", tags=["kv_cache"])
         if paused == "between":
-            await order(worker, "/pause_generation")
-        await order(worker, "/resume_memory_occupation")
+            await worker.told("/pause_generation")
+        await worker.told("/resume_memory_occupation")
         waiting = asyncio.create_task(serve(client))
         while (await worker.get("/v1/loads"))[1]["queued_requests"] < len(PROMPTS):
             assert not waiting.done()
         assert (await worker.get("/v1/loads"))[1]["running_requests"] == 0
-        await order(worker, "/continue_generation")
+        await worker.told("/continue_generation")
         judge_all(judge_of(SHAPE), await waiting)
 
 
@@ -198,13 +186,13 @@ async def test_one_worker_alone_is_back_as_after_a_restart(
         for role in roles:
             await client.quiet_stats()
             async with Client(worker_url(stack, role)) as worker:
-                await order(worker, "/pause_generation")
-                await order(worker, "/release_memory_occupation", tags=["kv_cache"])
+                await worker.told("/pause_generation")
+                await worker.told("/release_memory_occupation", tags=["kv_cache"])
                 assert (await worker.post(body_of(PROMPTS[0])))[0] in (400, 503)
-                await order(worker, "/resume_memory_occupation")
-                await order(worker, "/continue_generation")
+                await worker.told("/resume_memory_occupation")
+                await worker.told("/continue_generation")
             # The router asks how they are when it lets requests through.
-            await order(client, "/continue_generation")
+            await client.told("/continue_generation")
             judge_all(judge_of(SHAPE), await serve(client))
         await client.quiet_stats()
 
@@ -220,26 +208,26 @@ async def test_while_a_request_runs_the_memory_stays(stack: Stack, judge_of: Cal
         assert (status, answer["error"]["code"]) == (400, "memory_refused")
         assert (await worker.get("/health"))[0] == 200
         assert not waiting.done()
-        await order(worker, "/abort_request", abort_all=True)
+        await worker.told("/abort_request", abort_all=True)
         tally, reply = Tally(), await waiting
         assert reply.meta["finish_reason"]["type"] == "abort"
         judge_of(SHAPE).add(tally, PROMPTS[0], reply.output_ids, reply.rows)
         tally.assert_clean()
-        await order(worker, "/release_memory_occupation")
-        await order(worker, "/resume_memory_occupation")
+        await worker.told("/release_memory_occupation")
+        await worker.told("/resume_memory_occupation")
 
 
 async def test_while_a_request_is_open_the_memory_stays(stack: Stack, judge_of: Callable[[str], Judge]):
     async with Client(stack.url) as client, Client(worker_url(stack, "decode")) as worker:
-        await order(worker, "/pause_generation", mode="in_place")
+        await worker.told("/pause_generation", mode="in_place")
         waiting = asyncio.create_task(client.generate(**body_of(PROMPTS[0])))
         while (await worker.get("/v1/loads"))[1]["open_requests"] == 0:
             assert not waiting.done()
         status, answer = await worker.post({}, path="/release_memory_occupation")
         assert (status, answer["error"]["code"]) == (400, "memory_refused")
         assert (await worker.get("/health"))[0] == 200
-        await order(worker, "/continue_generation")
-        await order(client, "/continue_generation")
+        await worker.told("/continue_generation")
+        await client.told("/continue_generation")
         tally = Tally()
         reply = await waiting
         judge_of(SHAPE).add(tally, PROMPTS[0], reply.output_ids, reply.rows)
@@ -249,10 +237,10 @@ async def test_while_a_request_is_open_the_memory_stays(stack: Stack, judge_of: 
 async def test_every_rank_of_every_worker_writes_a_profile(stack: Stack, tmp_path: Path):
     folder = tmp_path / "profiles"
     async with Client(stack.url) as client:
-        await order(client, "/start_profile", output_dir=str(folder))
+        await client.told("/start_profile", output_dir=str(folder))
         assert (await client.post({}, path="/start_profile"))[0] == 400
         await serve(client)
-        await order(client, "/stop_profile")
+        await client.told("/stop_profile")
         assert (await client.post({}, path="/stop_profile"))[0] == 400
         num_ranks = sum(worker["info"]["tp_size"] for worker in (await client.get("/server_info"))[1]["workers"])
     names = sorted(path.name for path in folder.iterdir())

@@ -21,7 +21,7 @@ from tests.support.checkpoints import SHAPES
 from tests.support.http_client import Client, Reply
 from tests.support.judge import Tally
 from tests.support.prompts import random_prompts
-from tests.support.trainer import Trainer, announcement
+from tests.support.trainer import Trainer, announcement, invitation
 from tests.support.version_judge import VersionJudge
 
 IN_FLIGHT = 200
@@ -119,30 +119,17 @@ class Updater:
         self.checkpoints = checkpoints
         self.trainer: Trainer
 
-    async def post(self, path: str, **body: Any) -> Any:
-        status, reply = await self.client.post(body, path=path)
-        assert status == 200, reply
-        return reply
-
     async def join(self) -> None:
         """Make the group: the four workers' ranks and this process."""
         port = free_port()
         joining = asyncio.create_task(Trainer.meet(port, 5, GROUP))
-        await self.post(
-            "/init_weights_update_group",
-            master_address="127.0.0.1",
-            master_port=port,
-            rank_offset=1,
-            world_size=5,
-            group_name=GROUP,
-            backend="gloo",
-        )
+        await self.client.told("/init_weights_update_group", **invitation(port, 5, group_name=GROUP))
         self.trainer = await joining
 
     async def update(self, number: int) -> None:
         version = name_of(number)
         if number % 2:
-            await self.post(
+            await self.client.told(
                 "/update_weights_from_disk", model_path=str(self.checkpoints[version]), weight_version=version
             )
             return
@@ -153,7 +140,7 @@ class Updater:
             sent = {name: tensors[name] for name in piece}
             sending = asyncio.create_task(asyncio.to_thread(self.trainer.broadcast, sent))
             fields = announcement(sent, group_name=GROUP, weight_version=version)
-            await self.post("/update_weights_from_distributed", **fields)
+            await self.client.told("/update_weights_from_distributed", **fields)
             await sending
 
 
@@ -178,11 +165,11 @@ async def test_ten_rounds(checkpoints: dict[str, Path], tmp_path: Path):
         async with rollouts.running():
             for number, mode in enumerate(MODES, start=1):
                 await rollouts.wait_for(REPLIES_A_ROUND)
-                await updater.post("/pause_generation", mode=mode)
+                await client.told("/pause_generation", mode=mode)
                 await updater.update(number)
-                await updater.post("/continue_generation")
+                await client.told("/continue_generation")
             await rollouts.wait_for(REPLIES_A_ROUND)
-        await updater.post("/destroy_weights_update_group", group_name=GROUP)
+        await client.told("/destroy_weights_update_group", group_name=GROUP)
         updater.trainer.leave()
         await wait_quiet(client)
         # The last ones came by broadcasts.

@@ -7,10 +7,8 @@ in buckets, abort a rollout and ask for profiles. After each update transformers
 import asyncio
 import base64
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,18 @@ from deploy.demo_model import write_demo_model
 from tests.support.checkpoints import SHAPES, edit_tensors
 from tests.support.http_client import Client
 from tests.support.judge import Judge, Tally
-from tests.support.processes import REPOSITORY, end, read_line
+from tests.support.processes import started, until_listening
 from tests.support.prompts import random_prompts
-from tests.support.trainer import Trainer, announcement, bytes_of, described, metadata_class, pickled_bucket
+from tests.support.trainer import (
+    Trainer,
+    announcement,
+    bytes_of,
+    described,
+    halves,
+    invitation,
+    metadata_class,
+    pickled_bucket,
+)
 
 SHAPE = "plain"
 NUM_LAYERS, TOP_K = 3, 4
@@ -42,19 +49,6 @@ Tensors = dict[str, torch.Tensor]
 
 class Engine(Client):
     """One worker, as trainers drive it."""
-
-    async def told(self, path: str, **body: Any) -> Any:
-        """POST what must succeed."""
-        async with self.session.post(self.url + path, json=body) as response:
-            answer = await response.json()
-            assert response.status == 200, answer
-        assert answer.get("success", True) is True, answer
-        return answer
-
-    async def until_good(self, path: str) -> None:
-        """GET until the answer is 200."""
-        while (await self.get(path))[0] != 200:
-            pass
 
     async def check_is_as(self, expected: dict[str, Any]) -> None:
         """Compare what it says of itself with the arguments that the trainer would have started it with."""
@@ -79,15 +73,8 @@ class Engine(Client):
         )
 
     async def join(self, port: int, rank_offset: int) -> None:
-        await self.told(
-            "/init_weights_update_group",
-            master_address="127.0.0.1",
-            master_port=port,
-            rank_offset=rank_offset,
-            world_size=3,
-            group_name=GROUP,
-            backend="gloo",
-        )
+        body = invitation(port, 3, rank_offset=rank_offset, group_name=GROUP)
+        await self.told("/init_weights_update_group", **body)
 
     async def leave(self) -> None:
         await self.told("/destroy_weights_update_group", group_name=GROUP)
@@ -183,21 +170,6 @@ class Stack:
         return reasons
 
 
-@contextmanager
-def serving(module: str, port: int, *flags: str) -> "Iterator[subprocess.Popen[bytes]]":
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, f"--port={port}", *flags],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        bufsize=0,
-    )
-    try:
-        yield process
-    finally:
-        end(process)
-
-
 @pytest.fixture(scope="module")
 def servers(checkpoint_of: Callable[[str], Path]) -> Iterator[Servers]:
     prefill, decode, router, bootstrap = free_ports(4)
@@ -206,15 +178,12 @@ def servers(checkpoint_of: Callable[[str], Path]) -> Iterator[Servers]:
         *("--kv-pool-tokens=8192", "--allow-pickled-weights"),
     ]
     with (
-        serving("prefill_worker", prefill, f"--bootstrap-port={bootstrap}", *flags) as first,
-        serving("decode_worker", decode, *flags) as second,
-        serving("router", router, "--health-interval-s=0.1") as third,
+        started("prefill_worker", f"--port={prefill}", f"--bootstrap-port={bootstrap}", *flags) as first,
+        started("decode_worker", f"--port={decode}", *flags) as second,
+        started("router", f"--port={router}", "--health-interval-s=0.1") as third,
     ):
         for process in (first, second, third):
-            lines = []
-            while "listening on" not in (line := read_line(process)):
-                lines.append(line)
-                assert process.poll() is None, lines
+            until_listening(process)
         urls = [f"http://127.0.0.1:{port}" for port in (prefill, decode, router)]
         yield Servers(prefill=urls[0], decode=urls[1], router=urls[2], bootstrap_port=bootstrap)
 
@@ -248,9 +217,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
         write_demo_model(folder, **(SHAPES[SHAPE] | {"seed": seed}))
         edit_tensors(folder, lambda all_: all_.update({n: t.bfloat16().float() for n, t in all_.items()}))
         tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
-        names = list(tensors)
-        first, second = ({name: tensors[name] for name in part} for part in (names[::2], names[1::2]))
-        return Weights(version, (first, second), Judge(folder))
+        return Weights(version, halves(tensors), Judge(folder))
 
     return {version: weights(version, seed) for version, seed in (("1", 201), ("2", 202))}
 

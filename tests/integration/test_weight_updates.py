@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 
 from common.process import free_port
 from deploy.demo_model import write_demo_model
@@ -18,7 +18,16 @@ from tests.support.checkpoints import SHAPES, edit_tensors
 from tests.support.http_client import Client
 from tests.support.judge import Judge
 from tests.support.prompts import random_prompts
-from tests.support.trainer import Trainer, announcement, bytes_of, described, metadata_class, pickled_bucket
+from tests.support.trainer import (
+    Trainer,
+    announcement,
+    bytes_of,
+    described,
+    halves,
+    invitation,
+    metadata_class,
+    pickled_bucket,
+)
 
 SHAPE = "mixed"
 G = 6
@@ -68,9 +77,10 @@ async def worker(stack: Stack, checkpoint_of: Callable[[str], Path]) -> AsyncIte
 
 
 async def updated(worker: Client, path: str, **body: Any) -> dict[str, Any]:
-    status, answer = await worker.post(body, path=path)
-    assert (status, answer["success"]) == (200, True), answer
-    return dict(answer)
+    """An update that must succeed, and whose answer must say that it did."""
+    answer = await worker.told(path, **body)
+    assert "success" in answer, answer
+    return answer
 
 
 async def check_serves(worker: Client, judge: Judge, version: str) -> None:
@@ -134,11 +144,10 @@ async def test_from_pickled_buckets(worker: Client, newer: dict[str, Path], monk
         status, answer = await wrong
         assert (status, answer["success"], answer["error"]["code"]) == (400, False, "weights_refused"), answer
     await check_serves(worker, Judge(newer["step-71"]), "whole")
-    tensors = tensors_of(newer["step-72"])
-    names = list(tensors)
+    first, second = halves(tensors_of(newer["step-72"]))
     await worker.post({"mode": "in_place"}, path="/pause_generation")
-    for part in (names[::2], [], names[1::2]):
-        status, answer = await send({name: tensors[name] for name in part}, weight_version="parts")
+    for part in (first, {}, second):
+        status, answer = await send(part, weight_version="parts")
         assert (status, answer["success"]) == (200, True), answer
     await worker.post({}, path="/continue_generation")
     await check_serves(worker, Judge(newer["step-72"]), "parts")
@@ -150,15 +159,8 @@ async def test_from_a_trainer_s_broadcasts(
 ):
     """All at once; then in two halves, for which generation must be paused."""
     port, first, second = free_port(), tensors_of(newer["step-71"]), tensors_of(newer["step-72"])
-    group = {
-        "master_address": "127.0.0.1",
-        "master_port": port,
-        "rank_offset": 1,
-        "world_size": 3,
-        "group_name": "g",
-        "backend": "gloo",
-    }
-    trainer, _ = await asyncio.gather(Trainer.meet(port, 3), updated(worker, "/init_weights_update_group", **group))
+    joined = updated(worker, "/init_weights_update_group", **invitation(port, 3))
+    trainer, _ = await asyncio.gather(Trainer.meet(port, 3), joined)
 
     async def broadcast(tensors: dict[str, torch.Tensor], version: str) -> None:
         body = announcement(tensors, weight_version=version, load_format=load_format)
@@ -168,14 +170,13 @@ async def test_from_a_trainer_s_broadcasts(
     try:
         await broadcast(first, "first")
         await check_serves(worker, Judge(newer["step-71"]), "first")
-        names = list(second)
-        halves = [{name: second[name] for name in part} for part in (names[::2], names[1::2])]
-        half = announcement(halves[0], load_format=load_format)
+        parts = halves(second)
+        half = announcement(parts[0], load_format=load_format)
         status, answer = await worker.post(half, path="/update_weights_from_distributed")
         assert (status, answer["success"]) == (400, False)
         assert "pause" in answer["message"]
         await worker.post({"mode": "in_place"}, path="/pause_generation")
-        for tensors in halves:
+        for tensors in parts:
             await broadcast(tensors, "second")
         await worker.post({}, path="/continue_generation")
         await check_serves(worker, Judge(newer["step-72"]), "second")
@@ -192,7 +193,7 @@ async def test_what_is_refused_changes_nothing(
     good = tensors_of(newer["step-71"])
     bad = {
         "unknown": good | {"model.extra.weight": torch.ones(2)},
-        r"shape \[3\]": good | {HEAD: torch.ones(3)},
+        "shape [3]": good | {HEAD: torch.ones(3)},
         "I32": good | {HEAD: torch.ones(48, dtype=torch.int32)},
         "quantization_config": good
         | {HEAD: torch.ones(48).to(torch.float8_e4m3fn), HEAD + "_scale_inv": torch.ones(1)},
@@ -201,13 +202,14 @@ async def test_what_is_refused_changes_nothing(
     for named, tensors in bad.items():
         status, answer = await send(worker, tensors, weight_version="new")
         assert (status, answer["success"], answer["error"]["code"]) == (400, False, "weights_refused"), answer
-        assert named.replace("\\", "") in answer["message"]
+        assert named in answer["message"]
     folder = shutil.copytree(newer["step-71"], tmp_path / "lacks")
     edit_tensors(folder, lambda tensors: tensors.pop(HEAD))
     await worker.post({"mode": "in_place"}, path="/pause_generation")
-    for path in (folder, tmp_path / "nowhere"):
+    for path, named in ((folder, f"lacks tensor {HEAD}"), (tmp_path / "nowhere", "No such file")):
         status, answer = await worker.post({"model_path": str(path)}, path="/update_weights_from_disk")
-        assert (status, answer["success"]) == (400, False)
+        assert (status, answer["success"]) == (400, False), answer
+        assert named in answer["message"]
     await worker.post({}, path="/continue_generation")
     for data in (b"rubbish", save(good)[:-100], b""):
         status, answer = await post_bytes(worker, data)
@@ -218,10 +220,8 @@ async def test_what_is_refused_changes_nothing(
 
 async def test_a_trainer_that_dies_leaves_broken_weights_until_a_full_update(worker: Client, newer: dict[str, Path]):
     port, tensors = free_port(), tensors_of(newer["step-72"])
-    group = {"master_address": "127.0.0.1", "master_port": port, "rank_offset": 1, "world_size": 3, "backend": "gloo"}
-    trainer, _ = await asyncio.gather(
-        Trainer.meet(port, 3), updated(worker, "/init_weights_update_group", **group, group_name="g")
-    )
+    joined = updated(worker, "/init_weights_update_group", **invitation(port, 3))
+    trainer, _ = await asyncio.gather(Trainer.meet(port, 3), joined)
 
     def die_in_the_middle() -> None:
         trainer.broadcast(dict(list(tensors.items())[:5]))
@@ -242,11 +242,12 @@ async def test_a_trainer_that_dies_leaves_broken_weights_until_a_full_update(wor
 
 
 async def test_a_trainer_that_never_comes(worker: Client, judge_of: Callable[[str], Judge]):
-    group = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "world_size": 3}
+    group = invitation(free_port(), 3)
+    del group["group_name"]  # It has a default.
     status, answer = await worker.post({**group, "backend": "nccl"}, path="/init_weights_update_group")
     assert (status, answer["success"]) == (400, False)
     assert "GPU" in answer["message"]
-    status, answer = await worker.post({**group, "backend": "gloo"}, path="/init_weights_update_group")
+    status, answer = await worker.post(group, path="/init_weights_update_group")
     assert (status, answer["success"], answer["error"]["code"]) == (400, False, "weights_refused"), answer
     await check_serves(worker, judge_of(SHAPE), "old")
 
@@ -268,9 +269,8 @@ async def test_a_pause_keeps_requests_waiting_and_a_new_name_is_told(worker: Cli
     await check_serves(worker, judge_of(SHAPE), "named")
 
 
-def test_the_checkpoints_differ(newer: dict[str, Path], checkpoint_of: Callable[[str], Path], tmp_path: Path):
+def test_the_checkpoints_differ(newer: dict[str, Path], checkpoint_of: Callable[[str], Path]):
     """Otherwise none of this would show anything."""
-    save_file({"x": torch.ones(1)}, tmp_path / "x")
     judges = [Judge(path) for path in (checkpoint_of(SHAPE), newer["step-71"], newer["step-72"])]
     answers = {tuple(judge.reference.generate(PROMPTS[1], G)) for judge in judges}
     assert len(answers) == 3

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ import aiohttp
 
 from common.process import free_port
 from tests.support.http_client import Client
-from tests.support.processes import DEADLINE_S, REPOSITORY, Watched, end, read_line
+from tests.support.processes import DEADLINE_S, Watched, started, until_listening
 
 GREEDY = {"temperature": 0, "max_new_tokens": 20, "ignore_eos": True}
 LONG: dict[str, Any] = {"input_ids": [1, 2, 3], "sampling_params": {**GREEDY, "max_new_tokens": 900}}
@@ -41,32 +40,14 @@ class WorkerProcess:
         return await asyncio.to_thread(self.process.wait, DEADLINE_S)
 
 
-def start_worker(checkpoint: Path, port: int, *flags: str) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "deploy.aggregated_worker", f"--model={checkpoint}", f"--port={port}"),
-            *("--device=cpu", "--cpu-threads=1", "--page-size=4", "--kv-pool-tokens=1024", *flags),
-        ],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        bufsize=0,
-    )
-
-
 @asynccontextmanager
 async def worker_process(checkpoint: Path, *flags: str) -> AsyncIterator[WorkerProcess]:
     port = free_port()
-    process = start_worker(checkpoint, port, *flags)
-    try:
-        lines = []
-        while "listening on" not in (line := await asyncio.to_thread(read_line, process)):
-            lines.append(line)
-            assert process.poll() is None, lines
+    own = [f"--model={checkpoint}", f"--port={port}", "--device=cpu", "--cpu-threads=1", "--page-size=4"]
+    with started("deploy.aggregated_worker", *own, "--kv-pool-tokens=1024", *flags) as process:
+        await asyncio.to_thread(until_listening, process)
         async with Client(f"http://127.0.0.1:{port}") as client:
             yield WorkerProcess(process, client)
-    finally:
-        end(process)
 
 
 @asynccontextmanager

@@ -4,9 +4,8 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from common.process import free_port
 from deploy.process_tree import children_of
 from tests.support.http_client import Client
-from tests.support.processes import DEADLINE_S, REPOSITORY, Watched, end, read_line
+from tests.support.processes import DEADLINE_S, Watched, started, until_listening
 
 REQUEST: dict[str, Any] = {"input_ids": [1], "sampling_params": {"max_new_tokens": 9, "temperature": 0}}
 NUM_RANKS = 4
@@ -51,28 +50,16 @@ def words_of(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
-@contextmanager
-def started(checkpoint: Path, port: int, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
-    command = [sys.executable, "-m", "tests.support.stub_ranks_worker", f"--model={checkpoint}", f"--port={port}"]
-    process = subprocess.Popen(
-        [*command, f"--tp={NUM_RANKS}", *flags],
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        bufsize=0,
-    )
-    try:
-        yield process
-    finally:
-        end(process)
+def stub_worker(checkpoint: Path, port: int, *flags: str) -> "AbstractContextManager[subprocess.Popen[bytes]]":
+    own = [f"--model={checkpoint}", f"--port={port}", f"--tp={NUM_RANKS}"]
+    return started("tests.support.stub_ranks_worker", *own, *flags)
 
 
 @asynccontextmanager
 async def worker_of(checkpoint: Path, *flags: str) -> AsyncIterator[Ranks]:
     port = free_port()
-    with started(checkpoint, port, *flags) as process:
-        while "listening on" not in await asyncio.to_thread(read_line, process):
-            assert process.poll() is None
+    with stub_worker(checkpoint, port, *flags) as process:
+        await asyncio.to_thread(until_listening, process)
         async with Client(f"http://127.0.0.1:{port}") as client:
             yield Ranks(process, client)
 
@@ -117,8 +104,7 @@ async def test_a_rank_that_is_stopped_makes_the_worker_unhealthy(checkpoint_of: 
             error = await worker.client.error({**REQUEST, "data_parallel_rank": group})
             assert (error["status"], error["code"]) == (503, "engine_stuck")
         os.kill(worker.pids[2], signal.SIGCONT)
-        while (await worker.client.get("/health"))[0] != 200:
-            pass
+        await worker.client.until_good("/health")
 
 
 async def test_whoever_does_not_end_in_time_is_killed(checkpoint_of: Callable[[str], Path]):
@@ -141,7 +127,7 @@ async def test_a_rank_that_is_killed_while_the_worker_drains_ends_it_at_once(che
 
 
 def test_options_that_one_rank_cannot_use(checkpoint_of: Callable[[str], Path]):
-    with started(checkpoint_of("plain"), free_port(), "--weight-version=refuse-3") as process:
+    with stub_worker(checkpoint_of("plain"), free_port(), "--weight-version=refuse-3") as process:
         text = process.communicate(timeout=DEADLINE_S)[0].decode()
         assert process.returncode == 2
     assert text.count("error: rank 3 cannot use this") == 1

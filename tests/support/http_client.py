@@ -10,6 +10,8 @@ import aiohttp
 import msgspec
 import numpy as np
 
+from tests.support.processes import DEADLINE_S
+
 
 @dataclass
 class Reply:
@@ -62,6 +64,14 @@ class Client:
                 return response.status, msgspec.msgpack.decode(raw)
             return response.status, json.loads(raw) if raw else None
 
+    async def told(self, path: str, **body: Any) -> dict[str, Any]:
+        """POST, as JSON, what must succeed; where an answer says whether it did, it must say so too."""
+        async with self.session.post(self.url + path, json=body) as response:
+            answer = await response.json()
+            assert response.status == 200, answer
+        assert answer.get("success", True) is True, answer
+        return dict(answer)
+
     async def generate(self, *, msgpack: bool = False, **body: Any) -> Reply:
         """One sample that must succeed."""
         status, reply = await self.post(body, msgpack=msgpack)
@@ -93,6 +103,12 @@ class Client:
         async with self.session.get(self.url + path) as response:
             raw = await response.read()
             return response.status, json.loads(raw) if response.content_type == "application/json" else raw.decode()
+
+    async def until_good(self, path: str) -> None:
+        """GET until the answer is 200."""
+        async with asyncio.timeout(DEADLINE_S):
+            while (await self.get(path))[0] != 200:
+                pass
 
     async def run_all(
         self, bodies: list[dict[str, Any]], *, concurrency: int = 16, msgpack: bool = True

@@ -1,4 +1,4 @@
-"""Waiting without sleeping: until a process is gone, has printed a line, until something holds; each with a deadline."""
+"""Starting processes; waiting without sleeping until one is gone, has printed a line, until something holds, with deadlines."""
 
 import asyncio
 import os
@@ -6,7 +6,9 @@ import re
 import select
 import signal
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 DEADLINE_S = 60.0
@@ -44,6 +46,30 @@ def read_line(process: subprocess.Popen[bytes], deadline_s: float = DEADLINE_S) 
     readable, _, _ = select.select([process.stdout], [], [], deadline_s)
     assert readable, f"no line on stdout within {deadline_s} s"
     return process.stdout.readline().decode().rstrip("\n")
+
+
+@contextmanager
+def started(module: str, *flags: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A module of ours as a process, which ends with the block; stderr goes where stdout goes, for `read_line`."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *flags],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+    )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def until_listening(process: subprocess.Popen[bytes]) -> None:
+    """Read what a server prints until it says that it listens."""
+    lines = []
+    while "listening on" not in (line := read_line(process)):
+        lines.append(line)
+        assert process.poll() is None, lines
 
 
 def started_pids(log: str) -> dict[str, int]:

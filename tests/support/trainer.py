@@ -69,6 +69,26 @@ def bytes_of(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
 
 
+def halves(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Every other tensor, and the rest."""
+    names = list(tensors)
+    return {name: tensors[name] for name in names[::2]}, {name: tensors[name] for name in names[1::2]}
+
+
+def invitation(
+    port: int, world_size: int, *, rank_offset: int = 1, group_name: str = "g", backend: str = "gloo"
+) -> dict[str, Any]:
+    """What the trainer says to have a worker's ranks come to its group, as numbers `rank_offset` and so on."""
+    return {
+        "master_address": "127.0.0.1",
+        "master_port": port,
+        "rank_offset": rank_offset,
+        "world_size": world_size,
+        "group_name": group_name,
+        "backend": backend,
+    }
+
+
 def announcement(tensors: Mapping[str, torch.Tensor], **fields: Any) -> dict[str, Any]:
     """What the trainer says of tensors that it is about to broadcast."""
     return {

@@ -10,13 +10,15 @@ import pytest
 from msgspec.structs import replace
 
 from common.config import EngineOptions
-from common.messages import FrontendToEngine, Generate, GetStats
+from common.messages import ErrorReport, FrontendToEngine, Generate, GetStats
 from common.orders import (
     AwaitIdle,
     CheckWeights,
+    Continue,
     Done,
     LoadWeights,
     Order,
+    Pause,
     ReleaseMemory,
     ResumeMemory,
     StartProfile,
@@ -42,6 +44,7 @@ class Played:
         self.num_left: dict[type, int] = {}
         self.hangs: type | None = None
         """Orders of this type are not answered."""
+        self.are_held = [False for _ in worker.engines]
         for group, engine in enumerate(worker.engines):
             self._play(group, engine)
 
@@ -51,6 +54,8 @@ class Played:
                 engine.answer(replace(STATS, serial=message.serial))
             elif isinstance(message, Order):
                 kind = type(message)
+                if isinstance(message, Pause | Continue):
+                    self.are_held[group] = isinstance(message, Pause)
                 if isinstance(message, OUR_ORDERS):
                     self.told[group].append(message)
                 if kind is not self.hangs:
@@ -199,6 +204,8 @@ async def test_a_worker_may_keep_its_memory_for_itself(tags: list[str] | None):
                 assert "--enable-memory-saver" in answer["message"]
                 assert engine.kinds_told() == []
                 assert await engine.state() == (200, "ok", [], 0)
+            else:
+                assert status == 200
             assert (await engine.worker.post(RESUME, tags=tags))[0] == 200
 
 
@@ -266,15 +273,46 @@ async def test_after_a_failure_it_counts_as_released_until_it_is_resumed(kind: t
         assert await engine.state() == (200, "ok", [], 0)
 
 
+async def test_generation_continues_whatever_the_memory_does():
+    async with played() as engine:
+        await engine.pause()
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        engine.hangs = WarmUp
+        resuming = asyncio.create_task(engine.worker.post(RESUME))
+        await until(lambda: all(isinstance(told[-1], WarmUp) for told in engine.told))
+        assert engine.are_held == [True, True]
+        assert (await engine.worker.post("/continue_generation"))[0] == 200
+        assert engine.are_held == [False, False]
+        for told, groups_engine in zip(engine.told, engine.worker.engines, strict=True):
+            groups_engine.answer(Done(serial=told[-1].serial))
+        assert (await resuming)[0] == 200
+        assert engine.are_held == [False, False]
+
+
+async def test_what_is_away_is_said_when_some_of_it_is_back():
+    async with played() as engine:
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        assert (await engine.worker.post(RESUME, tags=["weights"]))[0] == 200
+        _, health = await engine.worker.get("/health")
+        assert health["reason"] == "memory is released: kv_cache"
+
+
 async def test_weights_may_be_away_or_broken_or_both():
     """Each is mended by itself."""
     async with played() as engine:
         await engine.pause()
         assert (await engine.worker.post(RELEASE))[0] == 200
-        engine.worker.engine_client.mend()
-        assert (await engine.worker.get("/health"))[0] == 503
+        report = ErrorReport(status=503, message="half of them are new", code="weights_broken")
+        engine.worker.engine_client.break_down(report)
         assert (await engine.worker.post(RESUME))[0] == 200
+        assert (await engine.worker.get("/health"))[0] == 503
+        status, answer = await engine.worker.post(input_ids=[1, 2])
+        assert (status, answer["error"]["code"]) == (503, "weights_broken")
+        engine.worker.engine_client.mend()
         assert (await engine.worker.get("/health"))[0] == 200
+        assert (await engine.worker.post(RELEASE))[0] == 200
+        engine.worker.engine_client.mend()
+        assert await engine.state() == (503, "released", ["weights", "kv_cache"], 503)
 
 
 # ------------------------------------------------------------------------------------------------ updates in parts

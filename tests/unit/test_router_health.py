@@ -164,6 +164,18 @@ async def test_who_is_well_again_is_asked_before_anybody_is_turned_away(stream):
             assert len(running.prefill.samples) == len(LEGS)
 
 
+async def test_nobody_is_waited_for_who_is_not_needed():
+    async with stack() as running:
+        options = RouterOptions(
+            prefill=((running.prefill.url, 8998),), decode=(running.decode.url,), health_interval_s=3600.0
+        )
+        app = await stubs.create_app(RouterConfig(router=options))
+        async with stubs.serving(app) as url, aiohttp.ClientSession(url) as running.client:
+            mark_unhealthy(app, "decode")
+            assert (await ask(running, body(sampling_params={"max_new_tokens": 0})))[0] == 200
+            assert not running.decode.health_asked.is_set()
+
+
 async def test_who_comes_while_workers_are_asked_waits_for_newer_answers():
     membership, told, asked = Membership(RouterOptions(worker=("http://w",))), asyncio.Queue(), asyncio.Queue()
 

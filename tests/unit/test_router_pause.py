@@ -13,6 +13,7 @@ from router.gate import Gate
 from router.registry import OpenSample
 from tests.support import stub_workers as stubs
 from tests.support.asking import P, ask, body, check_answer, check_nothing_is_left
+from tests.support.processes import until
 from tests.support.rows import SPEC
 from tests.support.stub_workers import ROWS, stack
 
@@ -258,3 +259,14 @@ async def test_a_gate_that_closes_again_holds_whoever_has_not_passed():
     assert not waiting.done()
     gate.open()
     await waiting
+
+
+async def test_the_gate_opens_even_if_whoever_asked_has_left():
+    async with stack() as running:
+        await order(running, "/pause_generation")
+        running.decode.meet = asyncio.Event()
+        continuing = asyncio.create_task(order(running, "/continue_generation"))
+        await until(lambda: "/continue_generation" in running.decode.order_of)
+        continuing.cancel()
+        check_answer(*await ask(running, body()))
+        running.decode.meet.set()

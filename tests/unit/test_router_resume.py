@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from urllib.parse import quote
 
 import aiohttp
 import numpy as np
@@ -21,6 +22,7 @@ from tests.support.asking import (
     check_answer,
     check_nothing_is_left,
     metrics_of,
+    workers_of,
 )
 from tests.support.rows import SPEC
 from tests.support.stub_workers import ROWS, stack
@@ -302,3 +304,18 @@ async def test_a_stream_that_may_not_mix_weights_goes_on_under_the_same():
     request = wanted(stream=True)
     async with stack(decode=stubs.retract(2)) as running:
         assert await answers_of(running, request) == await undisturbed(request)
+
+
+async def test_what_is_retracted_and_finds_nobody_says_so():
+    async def last_words(stub, request, sample):
+        leaving = asyncio.create_task(running.client.delete(f"/workers/{quote(stub.url, safe='')}"))
+        while not (await workers_of(running))[stub.url]["is_draining"]:
+            pass
+        left.append(leaving)
+        return await stub.send(request, sample, num_tokens=0, cause="retracted")
+
+    left = []
+    async with stack(decode=last_words) as running:
+        status, reply = await ask(running, body())
+        assert (status, reply["error"]["code"]) == (503, "no_healthy_pair")
+        assert (await left[0]).status == 200

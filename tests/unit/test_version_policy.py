@@ -291,6 +291,21 @@ def test_kv_that_names_no_version_is_not_gone_on_with(checkpoint: Path, monkeypa
     pair.check_pages()
 
 
+def test_samples_that_arrive_before_the_one_they_follow_fail_with_it(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
+    pair, events = pair_of(checkpoint), list[Any]()
+    change(pair.decode, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(pair.decode_role, "_on_arrived", lambda request, event: events.append((request, event)))
+        pair.submit("r", PROMPT, options(4, n=3))
+        while len(events) < 3:
+            pair.turn()
+    for request, event in sorted(events, key=lambda each: each[0].index, reverse=True):
+        pair.decode_role._on_arrived(request, event)
+    pair.settle()
+    check_mixed(pair.decode.legs["r"])
+    pair.check_pages()
+
+
 @pytest.mark.parametrize("changed", ["prefill", "decode"])
 @pytest.mark.parametrize("n", [1, 2])
 def test_kv_of_another_version_is_not_gone_on_with(checkpoint: Path, changed: str, n: int):

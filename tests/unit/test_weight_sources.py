@@ -108,6 +108,14 @@ def test_all_tensors_are_taken(way: Way, tmp_path: Path, spelling: Callable[[Any
     assert same(model.held(), expected(tensors))
 
 
+def test_nothing_remembers_where_the_weights_came_from():
+    model = Model()
+    trained = {name: tensor.clone().requires_grad_() for name, tensor in checkpoint().items()}
+    TensorWeights(trained).load(model.table)
+    assert same(model.held(), expected(checkpoint()))
+    assert not any(tensor.requires_grad for tensor in model.held())
+
+
 @pytest.mark.parametrize(
     ("spelling", "names"), [(dict, ["norm", "k", "gate.0", "up.1"]), (fused, ["q", "gate_up"]), (dict, ["gate.1"])]
 )

@@ -272,7 +272,7 @@ async def test_pickles_are_taken_if_that_is_allowed():
         assert len(source.paths) == 2
         engine.names()
         bad: dict[str, dict[str, Any]] = {
-            "serialized_named_tensors": {"serialized_named_tensors": ["?"]},
+            "serialized_named_tensors[0]": {"serialized_named_tensors": ["?"]},
             "load_format": pickles | {"load_format": "direct"},
         }
         for field, body in bad.items():
@@ -343,6 +343,7 @@ async def test_a_group_that_not_all_can_join_is_left_by_all():
         ("/init_weights_update_group", GROUP | {"backend": "mpi"}, "backend"),
         ("/init_weights_update_group", {}, "body"),
         ("/update_weights_from_distributed", BROADCAST | {"shapes": [[-1]]}, "shapes[0][0]"),
+        ("/update_weights_from_distributed", BROADCAST | {"shapes": [[2**64]]}, "shapes[0][0]"),
         ("/update_weights_from_distributed", BROADCAST | {"names": "n"}, "names"),
         ("/update_weights_from_distributed", BROADCAST | {"load_format": "direct"}, "load_format"),
         ("/update_weights_from_distributed", BROADCAST | {"load_format": "some.module.load"}, "load_format"),
